@@ -1,0 +1,164 @@
+"""One zeroth-order step.  Read this first.
+
+    ask       the method names probes: (seed, per-block scale, coefficient)             optim/
+    evaluate  the loss at theta + coef * scale * z, forward only, for each of them      probing.py, zo_kernels
+    tell      the method turns the losses into coefficients                             optim/
+    apply     theta = round(decay * theta + sum coef * scale * z), one pass             zo_kernels
+
+The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
+and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
+the device (coefficient 0, no decay), counted, and reported at the next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zo_kernels import NOISE_VERSION, ROUNDING_PROBE, Blocks, block_stats, derive_seed, seed_tensor
+
+from zo_finetuner.errors import InputError
+from zo_finetuner.optim.base import Method, Probe, StepContext, Update
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.probing import make_probing
+
+logger = logging.getLogger(__name__)
+
+LossFn = Callable[[], Tensor | float]
+
+
+class Engine:
+    """Runs the steps of one method on one model.
+
+    method: an ask/tell method (`zo_finetuner.optim`), made for `blocks` where it keeps something per block.
+    eps: size of the perturbation.  seed: the run's seed, any unsigned 64-bit integer (0 is a seed).
+    probing: "scratch" (weights never written by a probe), "inplace" (fp32 weights, adapters), "auto" by dtype.
+    weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
+
+    Raises InputError for eps that is not positive and finite, and what `trainable_blocks` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        eps: float = 1e-3,
+        seed: int = 0,
+        probing: str = "auto",
+        weight_decay: float = 0.0,
+        blocks: Blocks | None = None,
+    ):
+        if not (math.isfinite(eps) and eps > 0):
+            raise InputError(f"eps must be positive and finite, got {eps}; 1e-3 is usual")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise InputError(f"weight_decay must be zero or positive, got {weight_decay}")
+        self.model, self.method = model, method
+        self.blocks = trainable_blocks(model) if blocks is None else blocks
+        self.probing = make_probing(probing, model, self.blocks)
+        self.seed, self.weight_decay = seed, weight_decay
+        self.step_count = 0
+        self.device = self.blocks.device
+        self.eps = torch.tensor(eps, dtype=torch.float32, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.last_loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.projected_grad = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.realised_share: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
+        """One step: `loss_fn()` is called once per probe and must run forwards only.  Returns the mean of the probes'
+        losses (0-dim fp32, on the device); NaN when the step was skipped.
+
+        The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
+        """
+        training = self.model.training
+        self.model.eval()  # no dropout: both probes must see the same function
+        context = self._context(lr)
+        try:
+            request = self.method.ask(context)
+            if self.step_count == 0:
+                self._report_share(request[0])
+            while not isinstance(request, Update):
+                losses = torch.stack([self._evaluate(probe, loss_fn) for probe in request])
+                finite = torch.isfinite(losses).all()
+                request = self.method.tell(losses)
+            self._apply(request, finite, context.lr)
+        except BaseException:
+            self.probing.restore()
+            raise
+        finally:
+            self.model.train(training)
+        self.step_count += 1
+        return request.loss
+
+    def _context(self, lr: float | Tensor) -> StepContext:
+        return StepContext(
+            step=self.step_count,
+            lr=torch.as_tensor(lr, dtype=torch.float32, device=self.device),
+            eps=self.eps,
+            seed=lambda probe: derive_seed(self.seed, self.step_count, probe),
+            block_stats=lambda: block_stats(self.blocks),
+        )
+
+    def _evaluate(self, probe: Probe, loss_fn: LossFn) -> Tensor:
+        with self.probing.at(probe):
+            loss = loss_fn()
+        return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
+
+    def _apply(self, update: Update, finite: Tensor, lr: Tensor) -> None:
+        # 0 * inf is NaN: a bad step selects coefficient 0, it does not multiply by it.
+        terms = [(direction, torch.where(finite, coef, 0.0)) for direction, coef in update.terms]
+        decay = torch.where(finite, 1 - lr * self.weight_decay, 1.0) if self.weight_decay else None
+        rounding_seed = seed_tensor(derive_seed(self.seed, self.step_count, ROUNDING_PROBE), self.device)
+        self.probing.apply(Update(terms, update.loss, update.projected_grad), decay, rounding_seed)
+        self.skipped += ~finite
+        self.last_loss = torch.where(finite, update.loss, self.last_loss)
+        self.projected_grad = torch.where(finite, update.projected_grad, 0.0)
+
+    def _report_share(self, probe: Probe) -> None:
+        """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
+        if self.probing.mode == "scratch" and any(t.dtype != torch.float32 for t in self.blocks.tensors):
+            self.realised_share = share = self.probing.realised_share(probe)
+            low, middle, high = share.min(), share.median(), share.max()
+            logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)
+
+    def metrics(self) -> dict[str, float]:
+        """The last step's numbers for a log (waits for the device)."""
+        values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
+        return {name: float(value) for name, value in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-equal resume needs besides the weights."""
+        return {
+            "noise_version": NOISE_VERSION,
+            "method": self.method.name,
+            "seed": self.seed,
+            "step": self.step_count,
+            "skipped": self.skipped,
+            "last_loss": self.last_loss,
+            "ids": dict(zip(self.blocks.names, self.blocks.ids, strict=True)),
+            "probing": {"mode": self.probing.mode, **self.probing.state_dict()},
+            "method_state": self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises InputError when the state is of another noise contract, method, probing mode or set of tensors."""
+        mine = self.state_dict()
+        for key in ("noise_version", "method", "ids"):
+            if state[key] != mine[key]:
+                raise InputError(f"cannot resume: {key} differs ({_brief(state[key])} saved, {_brief(mine[key])} here)")
+        if state["probing"]["mode"] != self.probing.mode:
+            raise InputError(f"cannot resume: the run probed {state['probing']['mode']}, not {self.probing.mode}")
+        self.seed, self.step_count = state["seed"], state["step"]
+        self.skipped, self.last_loss = state["skipped"].to(self.device), state["last_loss"].to(self.device)
+        self.probing.load_state_dict(state["probing"])
+        self.method.load_state_dict(state["method_state"])
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} tensors" if isinstance(value, dict) else str(value)

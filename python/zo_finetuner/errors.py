@@ -1,0 +1,20 @@
+"""The one exception that users are meant to see: bad input, told in one line.
+
+The command line prints `zo: error: <message>` and exits with code 2; nothing has been written by then.
+The message names the file, row, field, tensor or key, and says how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Input that a user can mend: a file, a data row, an option, a model."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean "x"?)` when something close to `word` is among `choices`, else an empty string."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f' (did you mean "{found[0]}"?)' if found else ""

@@ -1,0 +1,88 @@
+"""The ask/tell contract between methods and the engine.
+
+A method never sees a weight.  It names directions by small descriptions, asks for losses at theta + coef * scale * z,
+and answers with the coefficients of an update.  The engine owns weights, noise and forwards.
+
+    ask(context)  -> [Probe, ...]
+    tell(losses)  -> Update, or another [Probe, ...] for methods of several rounds
+
+Everything numeric is a tensor on the device, so a method costs the step no wait for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """scale_b * z_b, z from `zo_kernels.noise` at `seed` (unsigned 64-bit).  scale: (blocks,) fp32, None for ones.
+    Compared by identity: two probes of one direction hold the same object."""
+
+    seed: int
+    scale: Tensor | None = None
+    dist: str = "normal"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Evaluate the loss at theta + coef * direction.  coef: 0-dim fp32."""
+
+    direction: Direction
+    coef: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """theta += sum coef * direction over `terms`; one scale and distribution for all terms.
+
+    loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs."""
+
+    terms: list[tuple[Direction, Tensor]]
+    loss: Tensor
+    projected_grad: Tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: probe number -> seed;
+    block_stats: () -> (mean, unbiased var), each (blocks,) fp32, of the unperturbed weights (one read of them)."""
+
+    step: int
+    lr: Tensor
+    eps: Tensor
+    seed: Callable[[int], int]
+    block_stats: Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Method:
+    """Base of all methods.  `forwards` is the number of losses a step asks for."""
+
+    name = "method"
+    forwards = 0
+    metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def ask(self, context: StepContext) -> list[Probe]:
+        raise NotImplementedError
+
+    def tell(self, losses: Tensor) -> Update | list[Probe]:
+        """losses: (probes,) fp32 in the order asked."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{self.name} keeps no state, got {sorted(state)}")
+
+
+def central_difference(direction: Direction, lr: Tensor, eps: Tensor, losses: Tensor) -> Update:
+    """The two-point estimator (SPSA; MeZO, arXiv 2305.17333, Alg. 1): g = (l+ - l-) / 2 eps, step -lr * g along z."""
+    projected_grad = (losses[0] - losses[1]) / (2 * eps)
+    return Update([(direction, -lr * projected_grad)], losses.mean(), projected_grad)

@@ -1,0 +1,83 @@
+"""The engine as a `torch.optim.Optimizer`: param groups, LR schedulers, `state_dict`, accelerate and Trainer work.
+
+    optimizer = ZOOptimizer(model, MeZO(), lr=1e-6, eps=1e-3)
+    for batch in data:
+        loss = optimizer.step(lambda: model(**batch).loss)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetuner.engine import Engine, LossFn
+from zo_finetuner.errors import InputError
+from zo_finetuner.optim.base import Method
+from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.params import trainable_blocks
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """A zeroth-order optimizer over the trainable parameters of `model` (a PEFT model trains its adapter).
+
+    method: an ask/tell method; default `MeZO()`.  lr: positive and finite; change it through `param_groups` or an LR
+    scheduler.  Other arguments: see `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None = None,
+        *,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        seed: int = 0,
+        probing: str = "auto",
+        weight_decay: float = 0.0,
+    ):
+        if not (math.isfinite(lr) and lr > 0):
+            raise InputError(f"lr must be positive and finite, got {lr}; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
+        blocks = trainable_blocks(model)
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr})
+        self.engine = Engine(
+            model,
+            method or MeZO(),
+            eps=eps,
+            seed=seed,
+            probing=probing,
+            weight_decay=weight_decay,
+            blocks=blocks,
+        )
+        self._stepped = False
+
+    def step(self, closure: LossFn | None = None) -> Tensor | None:
+        """One step.  closure: () -> loss, forward only, called once per probe; required, since the loss at the
+        perturbed weights is all that the method sees.  Returns the mean loss of the probes.
+
+        Called without a closure it ends a step whose losses `evaluate` has taken (as HF Trainer does)."""
+        if closure is not None:
+            return self.engine.step(closure, self.param_groups[0]["lr"])
+        if not self._stepped:
+            raise RuntimeError("ZOOptimizer.step needs a closure that returns the loss: optimizer.step(lambda: loss)")
+        self._stepped = False
+        return None
+
+    def evaluate(self, closure: LossFn) -> Tensor:
+        """A whole step, for loops that call `step()` without a closure afterwards."""
+        loss = self.engine.step(closure, self.param_groups[0]["lr"])
+        self._stepped = True
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """There are no gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "zo": self.engine.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.engine.load_state_dict(state.pop("zo"))
+        super().load_state_dict(state)

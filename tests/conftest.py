@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: one thread per process, the folder of development data, tiny random models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The development data beside the repository (golden traces, real rows, small models); skips when absent."""
+    path = Path(os.environ.get("ZO_SHARED", ROOT.parent / "shared"))
+    if not (path / "golden").is_dir():
+        pytest.skip(f"development data not found at {path} (set ZO_SHARED)")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)

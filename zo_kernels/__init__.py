@@ -1,0 +1,32 @@
+"""Perturbation, update and statistics kernels for zeroth-order optimisation.
+
+Knows tensors, seeds and dtypes; imports torch and nothing above it.  `ops` has the public functions,
+`noise` the contract that makes a direction a pure function, `backends/` their implementations.
+"""
+
+from zo_kernels.blocks import Blocks
+from zo_kernels.dispatch import BACKENDS, backend_name, use_backend, why_unavailable
+from zo_kernels.noise import NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
+from zo_kernels.ops import block_stats, noise as draw_noise, perturb_, scratch, seed_tensor, update_, words
+from zo_kernels.rounding import ulp
+
+__all__ = [
+    "BACKENDS",
+    "NOISE_VERSION",
+    "ROUNDING_PROBE",
+    "Blocks",
+    "backend_name",
+    "block_stats",
+    "canonical_name",
+    "derive_seed",
+    "draw_noise",
+    "perturb_",
+    "scratch",
+    "seed_tensor",
+    "tensor_ids",
+    "ulp",
+    "update_",
+    "use_backend",
+    "why_unavailable",
+    "words",
+]

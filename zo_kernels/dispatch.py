@@ -1,0 +1,69 @@
+"""Which backend runs an op: the tensor's device decides, `ZO_BACKEND` or `use_backend()` override.
+
+    cpu tensors   -> cpu (C++, `zo_kernels._C`) where it was built, else reference
+    cuda tensors  -> triton where it is installed, else reference
+
+Import touches neither CUDA nor Triton: a backend module is imported at its first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+BACKENDS = ("reference", "cpu", "triton")
+
+_override: str | None = None
+
+
+def why_unavailable(name: str) -> str | None:
+    """None when the backend can be used here, else the reason and the command that mends it."""
+    if name == "cpu" and importlib.util.find_spec("zo_kernels._C") is None:
+        return (
+            "zo_kernels._C is not built: install a C++17 compiler, then `pip install -e .` "
+            "(ZO_BUILD_EXT=1 shows why a build fails)"
+        )
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        listed = ", ".join(f"{b} ({why_unavailable(b) or 'available'})" for b in BACKENDS)
+        raise ValueError(f"unknown backend {name!r}; there are: {listed}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside with the named backend.  ValueError when it does not exist or is not available."""
+    global _override
+    reason = why_unavailable(_known(name))
+    if reason:
+        raise ValueError(f"backend {name!r} is not available: {reason}")
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def backend_name(device_type: str) -> str:
+    """The backend that ops on this device type ("cpu", "cuda") use now."""
+    chosen = _override or os.environ.get("ZO_BACKEND")
+    if chosen:
+        reason = why_unavailable(_known(chosen))
+        if reason:
+            raise ValueError(f"backend {chosen!r} is not available: {reason}")
+        return chosen
+    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    return preferred if why_unavailable(preferred) is None else "reference"
+
+
+def backend(device_type: str) -> ModuleType:
+    return importlib.import_module(f"zo_kernels.backends.{backend_name(device_type)}")
