@@ -68,6 +68,8 @@ class Engine:
         self.last_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.projected_grad = torch.zeros((), dtype=torch.float32, device=self.device)
         self.realised_share: Tensor | None = None
+        self._skipped_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._told = 0  # skipped steps already reported
 
     @torch.no_grad()
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
@@ -76,6 +78,7 @@ class Engine:
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         """
+        self._report_skips()
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
         context = self._context(lr)
@@ -117,8 +120,16 @@ class Engine:
         rounding_seed = seed_tensor(derive_seed(self.seed, self.step_count, ROUNDING_PROBE), self.device)
         self.probing.apply(Update(terms, update.loss, update.projected_grad), decay, rounding_seed)
         self.skipped += ~finite
+        self._skipped_copy.copy_(self.skipped, non_blocking=True)
         self.last_loss = torch.where(finite, update.loss, self.last_loss)
         self.projected_grad = torch.where(finite, update.projected_grad, 0.0)
+
+    def _report_skips(self) -> None:
+        """A skipped step is told of at the next one, from a copy made without waiting."""
+        skipped = int(self._skipped_copy)
+        if skipped > self._told:
+            logger.warning("step %d was skipped: a loss was not finite (%d so far)", self.step_count - 1, skipped)
+        self._told = skipped
 
     def _report_share(self, probe: Probe) -> None:
         """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
@@ -156,6 +167,8 @@ class Engine:
             raise InputError(f"cannot resume: the run probed {state['probing']['mode']}, not {self.probing.mode}")
         self.seed, self.step_count = state["seed"], state["step"]
         self.skipped, self.last_loss = state["skipped"].to(self.device), state["last_loss"].to(self.device)
+        self._skipped_copy.copy_(self.skipped)
+        self._told = int(self._skipped_copy)
         self.probing.load_state_dict(state["probing"])
         self.method.load_state_dict(state["method_state"])
 

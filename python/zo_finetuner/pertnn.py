@@ -1,7 +1,7 @@
-"""PertNN: the networks of the learned optimizer "ZO Fine-tuner" (arXiv 2510.00419), all blocks of a model in one batch.
+"""PertNN: the networks of the learned optimizer "ZO Fine-tuner" (arXiv 2510.00419), all of a model in one batch.
 
-A block is a named tensor. Its network reads five numbers about the block and the step before, and returns the scale
-sigma of the block's perturbation. The normaliser then makes the expected size of the whole perturbation that of MeZO.
+A block is a named tensor. Its network reads five numbers about the block and the step before, and returns the
+scale sigma of the block's perturbation; the normaliser then makes the whole perturbation as large as MeZO's.
 Nothing here reads a value on the host: a step can be queued, or captured into a CUDA graph, without a sync.
 """
 
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from zo_finetuner.errors import InputError
 
-#: The inputs of a network, in order. "previous" is the step before; before the first step losses are 0 and sigma is 1.
+#: Inputs of a network, in order. Before the first step the losses are 0 and sigma is 1.
 INPUTS = ("mean", "unbiased variance", "previous loss+", "previous loss-", "previous raw sigma")
 
-#: An embedding counts as the rows that a batch touches: the paper's code assumes 15 distinct tokens per example.
+#: An embedding counts as the rows that a batch touches: the paper's code takes 15 distinct tokens per example.
 TOKENS_PER_EXAMPLE = 15
 
 
 class PertNN(nn.Module):
     """`|Linear(64, 1)(tanh(Linear(5, 64)(x)))|` for each of N blocks.
 
-    Args (kept as parameters, in fp32):
+    Args (the tensors become parameters, in fp32):
         names: the N blocks, as in `named_parameters()`.
         w1, b1, w2, b2: (N, hidden, 5), (N, hidden), (N, hidden), (N,), floating point.
         source: where the networks come from, for messages: a path, or e.g. "fresh, seed 0".
@@ -58,8 +58,8 @@ class PertNN(nn.Module):
     def fresh(cls, names: Sequence[str], *, hidden: int = 64, seed: int = 0) -> PertNN:
         """Untrained networks, the control for every claim about learned ones; fp32 on the CPU.
 
-        Bit for bit what `nn.Sequential(Linear(5, hidden), Tanh(), Linear(hidden, 1))` draws for one name after the
-        other under `torch.manual_seed(seed)`, from a generator of its own: the global state stays untouched.
+        Bit for bit what `nn.Sequential(Linear(5, hidden), Tanh(), Linear(hidden, 1))` draws for one name after
+        the other under `torch.manual_seed(seed)`, but from its own generator: the global one stays untouched.
         """
         generator = torch.Generator().manual_seed(seed)
         n = len(names)
@@ -72,17 +72,18 @@ class PertNN(nn.Module):
                 bias.uniform_(-bound, bound, generator=generator)
         return cls(names, w1, b1, w2, b2, source=f"fresh, seed {seed}")
 
-    def forward(self, mean: Tensor, var: Tensor, loss_pos: Tensor, loss_neg: Tensor, sigma_prev: Tensor) -> Tensor:
+    def forward(self, mean: Tensor, var: Tensor, loss_pos: Tensor, loss_neg: Tensor,
+                sigma_prev: Tensor) -> Tensor:
         """Raw scales sigma of all blocks, (N,) fp32 >= 0, on the networks' device, without a host sync.
 
         Args:
-            mean, var: (N,) fp32, of each block's unperturbed weights; var is unbiased (divides by numel - 1).
+            mean, var: (N,) fp32, of each block's unperturbed weights; var is unbiased (over numel - 1).
             loss_pos, loss_neg: 0-dim fp32, losses of the step before; 0 before the first step.
-            sigma_prev: (N,) fp32, what this returned at the step before (raw, not normalised); 1 before the first.
+            sigma_prev: (N,) fp32, what this returned at the step before (raw); 1 before the first step.
         """
         x = torch.stack((mean, var, loss_pos.expand_as(mean), loss_neg.expand_as(mean), sigma_prev), dim=1)
-        # Products and sums, not bmm or einsum: under bf16 autocast those err by 5 %, and TF32 by 1e-3. These stay fp32,
-        # and at N = 772 (OPT-30B) both take 0.6 to 0.8 ms of one CPU core.
+        # Products and sums, not bmm or einsum, which bf16 autocast would run in bf16 (sigma off by 5 %) and
+        # TF32 in 10 bits. At N = 772 (OPT-30B) either takes 0.5 to 0.8 ms of one CPU core.
         hidden = torch.tanh((self.w1 * x[:, None, :]).sum(dim=2) + self.b1)
         return ((self.w2 * hidden).sum(dim=1) + self.b2).abs()
 
@@ -95,19 +96,21 @@ class PertNN(nn.Module):
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             known = f"{len(self.names)} blocks such as {self.names[0]}" if self.names else "no block at all"
-            raise InputError(
-                f"{self.source}: no network for {', '.join(missing[:3])}{more} of the {len(names)} trainable blocks: "
-                f"it was made for {known}; freeze the others, or learn networks for this model")
+            raise InputError(f"{self.source}: no network for {', '.join(missing[:3])}{more} "
+                             f"of the model's {len(names)} trainable blocks: it was made for {known}; "
+                             "freeze the others, or learn networks for this model")
         rows = torch.tensor([self._place[name] for name in names], dtype=torch.long, device=self.b2.device)
-        return type(self)(names, self.w1[rows], self.b1[rows], self.w2[rows], self.b2[rows], source=self.source)
+        tensors = (parameter[rows] for parameter in (self.w1, self.b1, self.w2, self.b2))
+        return type(self)(names, *tensors, source=self.source)
 
 
 def budget(names: Sequence[str], numels: Sequence[int], *, hidden_size: int, batch_size: int,
            device: torch.device | str | None = None) -> Tensor:
-    """Weights c_b of the normaliser, (N,) fp64, in millions of elements (the paper's code, by name).
+    """Weights c_b of the normaliser, (N,) fp64, in millions of elements (by name, as the paper's code does).
 
-    `numel / 1e6`, but `hidden_size * 15 * batch_size / 1e6` where "embed" is part of the name: OPT's position embedding
-    and a tied head count as an embedding, an untied head counts in full. `batch_size` is that of all ranks together.
+    `numel / 1e6`, but `hidden_size * 15 * batch_size / 1e6` where "embed" is part of the name: OPT's position
+    embedding and a tied head count as an embedding, an untied head counts in full.
+    `batch_size` is the number of examples per step of all ranks together.
     """
     touched = hidden_size * TOKENS_PER_EXAMPLE * batch_size
     elements = [touched if "embed" in name else numel for name, numel in zip(names, numels, strict=True)]
@@ -115,10 +118,10 @@ def budget(names: Sequence[str], numels: Sequence[int], *, hidden_size: int, bat
 
 
 def normalizer(sigma: Tensor, c: Tensor) -> Tensor:
-    """`nu = sqrt(sum c) / sqrt(sum c sigma^2)`, 0-dim fp64: then `sum c (nu sigma)^2 = sum c`, as with sigma = 1.
+    """`nu = sqrt(sum c) / sqrt(sum c sigma^2)`, 0-dim fp64: `sum c (nu sigma)^2 = sum c`, as if sigma were 1.
 
-    `nu` is 1 when every sigma is 0: a zero perturbation stays zero, where an infinite `nu` would make it NaN. A NaN in
-    `sigma` stays visible in `nu`. Differentiable in `sigma`, also at zero; no host sync.
+    `nu` is 1 when every sigma is 0: a zero perturbation stays zero, where an infinite `nu` would make it NaN.
+    A NaN in `sigma` stays visible in `nu`. Differentiable in `sigma`, also at zero; no host sync.
 
     Args: sigma (N,) raw scales, >= 0; c (N,) weights from `budget`, with a positive sum.
     """

@@ -1,10 +1,10 @@
 """Read a `torch.save` file as inert data: nothing that the file asks for is imported, called or executed.
 
-The published learned optimizers are pickled modules, and unpickling a file means running it. This is a pickle machine
-of its own, for the 29 opcodes that `torch.save` writes (protocol 2) and ten globals that stay words. Python's unpickler
-is not used, not even with a strict `find_class`: there, 3 MB of nested tuples as a dictionary key overflow the C stack
-(segmentation fault), and 30 nested pairs keep hashing for ten seconds. Here a key is a string, nothing is compared or
-hashed in depth, and every amount is bounded before it is allocated.
+The published learned optimizers are pickled modules, and unpickling a file means running it. This is a
+pickle machine of its own, for the 28 opcodes that `torch.save` writes (protocol 2) and globals that stay
+words. Python's unpickler is not used, not even with a strict `find_class`: there, 3 MB of nested tuples as a
+dictionary key overflow the C stack (segmentation fault), and 30 nested pairs keep hashing for ten seconds.
+Here a key is a string, nothing is compared or hashed in depth, and every amount is bounded beforehand.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CALLS = {"collections.OrderedDict": "OrderedDict", "__builtin__.set": "set", "bu
 
 @dataclass(eq=False, repr=False)
 class Module:
-    """Stand-in for a pickled torch module: `kind` is "Sequential", "Linear" or "Tanh", `state` what its `__dict__` was."""
+    """Stand-in for a pickled "Sequential", "Linear" or "Tanh" (its `kind`); `state` was its `__dict__`."""
 
     kind: str
     state: dict[str, Any] | None = None
@@ -58,7 +58,7 @@ _MARK = object()
 
 
 def describe(value: object) -> str:
-    """What an unpickled value is, in a few words on one line (never all of it: it may be deep or contain itself)."""
+    """What an unpickled value is, in a few words on one line (it may be deep, or contain itself)."""
     if isinstance(value, str):
         return ascii(value[:80])
     if isinstance(value, torch.Tensor):
@@ -71,10 +71,10 @@ def describe(value: object) -> str:
 
 
 def read_torch_file(path: Path) -> tuple[object, str]:
-    """The object in a `torch.save` zip, and the name of the folder inside the zip (what the file was first saved as).
+    """The object in a `torch.save` zip, and the name of the folder inside it (what it was first saved as).
 
-    The object is made of dicts with string keys, lists, tuples, strings, ints, bools, None, `Module` stand-ins and CPU
-    tensors (fp32 or fp16), which are views of the storages in the file.
+    It is made of dicts with string keys, lists, tuples, strings, ints, bools, None, `Module` stand-ins and CPU
+    tensors (fp32 or fp16) that share the storages of the file.
     Raises: InputError naming the file, for anything else, for damage, and for sizes past the limits above.
     """
     if not path.is_file():
@@ -86,19 +86,19 @@ def read_torch_file(path: Path) -> tuple[object, str]:
             return _read_archive(path, archive)
     except InputError:
         raise
-    # What zipfile raises for damaged or exotic archives: encryption, unknown methods, sizes and offsets that lie.
-    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, OSError,
-            ValueError, OverflowError) as error:
-        raise InputError(f"{path}: not a readable torch.save zip ({error}); fetch the file again") from error
+    # What zipfile raises for damaged or exotic archives: encryption, unknown methods, sizes that lie.
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError,
+            OverflowError) as error:
+        raise InputError(f"{path}: not a readable torch.save zip ({error}); fetch it again") from error
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> tuple[object, str]:
     entries = {info.filename: info for info in archive.infolist()}
     if len(entries) != len(archive.infolist()) or len(entries) > MAX_ENTRIES:
-        raise InputError(f"{path}: the zip holds a name twice, or more than {MAX_ENTRIES} entries; not from torch.save")
+        raise InputError(f"{path}: an entry stands twice, or more than {MAX_ENTRIES} do; fetch it again")
     pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
-        raise InputError(f"{path}: {len(pickles)} entries <folder>/data.pkl in the zip, a torch.save file has one")
+        raise InputError(f"{path}: {len(pickles)} entries <folder>/data.pkl, torch.save writes one")
     folder = pickles[0].removesuffix("/data.pkl")
     unread = MAX_FILE  # bytes that may still be read in all: entries that overlap must not multiply
 
@@ -106,16 +106,16 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> tuple[object, str]:
         nonlocal unread
         info = entries.get(f"{folder}/{name}")
         if info is None:
-            raise InputError(f"{path}: entry {name} is missing in the zip; fetch the file again")
+            raise InputError(f"{path}: entry {name} is missing in the zip; fetch it again")
         size = info.file_size
-        if expected is not None and size != expected:
-            raise InputError(f"{path}: entry {name} has {size} bytes, the pickle says {expected}; fetch the file again")
+        if expected not in (None, size):
+            raise InputError(f"{path}: entry {name} has {size} bytes, not {expected}; fetch it again")
         if info.compress_type != zipfile.ZIP_STORED or size > min(limit, unread):
-            raise InputError(f"{path}: entry {name} is compressed or too large ({size} bytes, at most {limit})")
+            raise InputError(f"{path}: entry {name} is compressed, or larger than {limit} bytes")
         unread -= size
         data = archive.read(info)
         if len(data) != size:
-            raise InputError(f"{path}: entry {name} has {len(data)} of {size} bytes; fetch the file again")
+            raise InputError(f"{path}: entry {name} is cut off; fetch it again")
         return data
 
     if f"{folder}/byteorder" in entries and (order := read("byteorder", 16)) != b"little":
@@ -151,14 +151,13 @@ class _Machine:
                     return self.stack[0]
                 if code not in _OPERATIONS:
                     known = pickletools.code2op.get(chr(code))
-                    self.refuse(f"opcode {known.name if known else hex(code)} at byte {self.position - 1} of data.pkl, "
-                                "which torch.save does not write")
+                    self.refuse(f"opcode {known.name if known else hex(code)} at byte {self.position - 1} of "
+                                "data.pkl, which torch.save does not write")
                 _OPERATIONS[code](self)
                 if len(self.stack) > MAX_STACK:
                     self.refuse(f"more than {MAX_STACK} values on the stack of data.pkl")
-        except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:  # cut off, empty stack, unset memo
-            raise InputError(f"{self.path}: data.pkl is damaged at byte {self.position} of {len(data)}; "
-                             "refused, nothing was executed") from error
+        except (IndexError, KeyError, struct.error, UnicodeDecodeError):  # cut off, empty stack, unset memo
+            self.refuse(f"data.pkl is damaged at byte {self.position} of {len(data)}")
         self.refuse(f"more than {MAX_OPCODES} opcodes in data.pkl")
 
     def number(self, layout: str) -> int:
@@ -167,20 +166,18 @@ class _Machine:
         self.position += struct.calcsize(layout)
         return value
 
-    def text(self) -> str:
-        size = self.number("<I")
-        raw = self.data[self.position:self.position + size]
-        if len(raw) != size:
+    def text(self, end: int | None = None) -> str:
+        """UTF-8 up to `end`, by default as many bytes as the four before say."""
+        end = self.number("<I") + self.position if end is None else end
+        if not self.position <= end <= len(self.data):
             raise IndexError("cut off")
-        self.position += size
+        raw, self.position = self.data[self.position:end], end
         return raw.decode()
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.position)
-        if end < 0:
-            raise IndexError("cut off")
-        raw, self.position = self.data[self.position:end], end + 1
-        return raw.decode()
+        line = self.text(self.data.find(b"\n", self.position))
+        self.position += 1
+        return line
 
     def above_mark(self) -> list[Any]:
         """Pop the values above the last mark, and the mark."""
@@ -212,13 +209,13 @@ class _Machine:
     def word(self) -> None:
         name = f"{self.line()}.{self.line()}"
         if name not in DTYPES and name not in MODULES and name not in CALLS:
-            self.refuse(f"the pickle asks for {name[:120]!a}, and only Linear, Tanh and Sequential modules are read")
+            self.refuse(f"it asks for {name[:120]!a}, and only Linear, Tanh and Sequential are known")
         self.stack.append(_Word(name))
 
     def new(self) -> None:
         cls, args = self.pop(2)
         if not isinstance(cls, _Word) or cls.name not in MODULES or not _is_empty(args, tuple):
-            self.refuse(f"a new {describe(cls)} with {describe(args)} as arguments")
+            self.refuse(f"a new {describe(cls)} from {describe(args)}")
         self.stack.append(Module(MODULES[cls.name]))
 
     def build(self) -> None:
@@ -230,7 +227,8 @@ class _Machine:
 
     def call(self) -> None:
         function, args = self.pop(2)
-        called = CALLS.get(function.name) if isinstance(function, _Word) and isinstance(args, tuple) else None
+        known = isinstance(function, _Word) and isinstance(args, tuple)
+        called = CALLS.get(function.name) if known else None
         if called == "OrderedDict" and not args:
             self.stack.append({})
         elif called == "set" and len(args) == 1 and _is_empty(args[0], list):
@@ -243,14 +241,14 @@ class _Machine:
             self.refuse(f"a call of {describe(function)} with arguments that torch.save does not write")
 
     def storage(self) -> None:
-        """`("storage", type, key, device, numel)` is the entry data/<key> of the zip; the device is ignored."""
+        """`("storage", type, key, device, numel)` is the entry data/<key>; the device is ignored."""
         identity, = self.pop(1)
-        if not (isinstance(identity, tuple) and len(identity) == 5
-                and isinstance(identity[0], str) and identity[0] == "storage"):
+        if not isinstance(identity, tuple) or len(identity) != 5 or describe(identity[0]) != "'storage'":
             self.refuse(f"the persistent id {describe(identity)} is no storage")
         _, kind, key, _, numel = identity
         dtype = DTYPES.get(kind.name) if isinstance(kind, _Word) else None
-        if dtype is None or not _is_size(numel) or not isinstance(key, str) or not re.fullmatch("[0-9]{1,9}", key):
+        is_key = isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) is not None
+        if dtype is None or not is_key or not _is_size(numel):
             self.refuse(f"a storage {describe(key)} of {describe(kind)} with {describe(numel)} elements")
         if key not in self.storages:
             size = numel * dtype.itemsize
@@ -262,9 +260,9 @@ class _Machine:
         self.stack.append(found)
 
     def view(self, storage: object, offset: object, shape: object, stride: object) -> torch.Tensor:
-        """A tensor over a storage, once its last element is known to lie inside, and not more elements than there."""
-        if not (isinstance(storage, torch.Tensor) and _is_size(offset) and _is_sizes(shape) and _is_sizes(stride)
-                and len(shape) == len(stride)):
+        """A tensor over a storage, once its last element is known to lie inside, and no element to repeat."""
+        well_formed = isinstance(storage, torch.Tensor) and _is_size(offset) and _is_shape(shape)
+        if not well_formed or not _is_shape(stride) or len(shape) != len(stride):
             self.refuse("a tensor with a malformed storage, offset, shape or stride")
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if 0 in shape or last >= storage.numel() or math.prod(shape) > storage.numel():
@@ -281,7 +279,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_FILE
 
 
-def _is_sizes(value: object) -> bool:
+def _is_shape(value: object) -> bool:
     return isinstance(value, tuple) and len(value) <= 4 and all(map(_is_size, value))
 
 

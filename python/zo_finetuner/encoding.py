@@ -1,0 +1,200 @@
+"""From a row to token ids, and from several of those to one left-padded batch.
+
+An option is scored at the tokens it adds to the end of the prompt: their number is the length of the verbalised
+text minus the length of the prompt alone, both tokenised whole (MeZO, Malladi et al. 2023). The last token of a
+sequence is only ever a target, so it is never fed: batches are one token shorter than the sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_finetuner.errors import InputError
+from zo_finetuner.tasks import Task
+from zo_finetuner.tasks.templates import Row
+
+MAX_NEW_TOKENS = 50  # of a generated answer; a generation task's inputs leave room for them
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as token ids: a sequence (prompt and option) per candidate, each ending in option_lengths[c] option
+    tokens. labels are the correct candidates; training uses the first. A generation task has the gold answer as its
+    only candidate, and besides the prompt alone and the gold texts. cut is the number of tokens truncated."""
+
+    kind: str
+    sequences: tuple[tuple[int, ...], ...]
+    option_lengths: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...] = ()
+    cut: int = 0
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether every candidate is a single token after one common prompt, so that one forward scores them all."""
+        head = self.sequences[0][:-1]
+        return all(n == 1 for n in self.option_lengths) and all(s[:-1] == head for s in self.sequences)
+
+
+def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Encoded:
+    """Tokenise one row.
+
+    The prompt is stripped of its trailing spaces, the whole text of leading white space. Sequences longer than
+    max_length lose tokens on their left, behind whatever the tokenizer puts first (BOS). Generation tasks keep
+    MAX_NEW_TOKENS free. `encode_rows` warns about truncation.
+
+    max_length is the caller's to keep within the model's context (`context_length`).
+    Raises InputError where an option adds no token, or max_length leaves no room for a prompt.
+    """
+    limit = max_length - (MAX_NEW_TOKENS if task.kind == "generation" else 0)
+    leading, _ = special_tokens(tokenizer)
+    if limit < leading + 2:
+        raise InputError(
+            f'max_length {max_length} leaves {max(limit, 0)} tokens for a row of task "{task.name}"; '
+            f"it needs {max_length - limit + leading + 2} or more"
+        )
+    prompt = task.prompt(row)
+    bare = _tokens(tokenizer, prompt.rstrip(" ").lstrip())
+    sequences, lengths, cut = [], [], 0
+    for candidate in task.candidates(row):
+        ids = _tokens(tokenizer, (prompt + candidate).strip(" ").lstrip())
+        if len(ids) <= len(bare):
+            raise InputError(
+                f'task "{task.name}": the option {candidate!r} adds no token to its prompt '
+                f"({len(bare)} tokens without it, {len(ids)} with it); use another tokenizer or label word"
+            )
+        kept = _truncate(ids, limit, leading)
+        cut = max(cut, len(ids) - len(kept))
+        sequences.append(kept)
+        # An option that fills the whole length still needs one token before it.
+        lengths.append(min(len(ids) - len(bare), len(kept) - 1))
+    label = task.label(row)
+    return Encoded(
+        kind=task.kind,
+        sequences=tuple(sequences),
+        option_lengths=tuple(lengths),
+        labels=(label,) if isinstance(label, int) else tuple(label),
+        prompt=_truncate(bare, limit, leading),
+        answers=tuple(task.answers(row)),
+        cut=cut,
+    )
+
+
+def encode_rows(task: Task, rows: Iterable[Row], tokenizer: Any, max_length: int = 2048) -> list[Encoded]:
+    """`encode` every row; one warning counts the rows that were truncated."""
+    encodeds = [encode(task, row, tokenizer, max_length) for row in rows]
+    cuts = [e.cut for e in encodeds if e.cut]
+    if cuts:
+        warnings.warn(
+            f"{len(cuts)} of {len(encodeds)} {task.name} rows exceed {max_length} tokens and lost up to "
+            f"{max(cuts)} tokens on the left",
+            stacklevel=2,
+        )
+    return encodeds
+
+
+def context_length(model: Any, most: int = 2048) -> int:
+    """Longest sequence to feed: the model's positions, but never more than the protocol's 2048."""
+    config = model.config.get_text_config()
+    return min(most, getattr(config, "max_position_embeddings", None) or most)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """An id for padding; any will do, since padding is masked and never a target."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def collate(
+    encodeds: Sequence[Encoded], pad_id: int, *, multiple_of: int = 8, gold_only: bool | None = None
+) -> dict[str, Tensor]:
+    """One batch for `objective`, as int64 and bool tensors on the CPU.
+
+    Always there: input_ids, attention_mask, position_ids (N, T), padded on the left to a multiple of `multiple_of`.
+    With gold_only (the default but for classification) N = B sequences, each row's first correct option, and
+        targets (N, K)  option tokens, right-aligned, IGNORED before them; K is the longest option
+        counted (P,)    flat indices of the P real targets
+    Otherwise N counts all candidates of all B rows, and there are besides
+        members (B, C)  which sequence is candidate c of row b        valid (B, C)  whether b has a candidate c
+        gold (B,)       the correct candidate
+    or, where every candidate of every row is one token after a common prompt, N = B prompts, no targets, and
+        candidates (V,) the distinct option tokens, sorted            members (B, C) index into candidates
+    """
+    if gold_only is None:
+        gold_only = encodeds[0].kind != "classification"
+    if gold_only:
+        sequences = [e.sequences[e.labels[0]] for e in encodeds]
+        return collate_options(sequences, [e.option_lengths[e.labels[0]] for e in encodeds], pad_id, multiple_of)
+
+    counts = torch.tensor([len(e.sequences) for e in encodeds])
+    valid = torch.arange(int(counts.max())) < counts[:, None]
+    members = torch.zeros(valid.shape, dtype=torch.int64)
+    if all(e.shares_prompt for e in encodeds):
+        batch = pad_left([e.sequences[0][:-1] for e in encodeds], pad_id, multiple_of)
+        options = torch.tensor([s[-1] for e in encodeds for s in e.sequences])
+        batch["candidates"], members[valid] = options.unique(return_inverse=True)
+    else:
+        lengths = [n for e in encodeds for n in e.option_lengths]
+        batch = collate_options([s for e in encodeds for s in e.sequences], lengths, pad_id, multiple_of)
+        members[valid] = torch.arange(len(lengths))
+    gold = torch.tensor([e.labels[0] for e in encodeds])
+    return batch | {"members": members, "valid": valid, "gold": gold}
+
+
+def collate_options(
+    sequences: Sequence[Sequence[int]], option_lengths: Sequence[int], pad_id: int, multiple_of: int = 8
+) -> dict[str, Tensor]:
+    """Inputs, targets and counted of `collate` for these sequences and the lengths of the options that end them."""
+    targets = torch.full((len(sequences), max(option_lengths)), IGNORED)
+    for i, (sequence, length) in enumerate(zip(sequences, option_lengths, strict=True)):
+        targets[i, -length:] = torch.tensor(sequence[-length:])
+    batch = pad_left([s[:-1] for s in sequences], pad_id, multiple_of)
+    return batch | {"targets": targets, "counted": (targets != IGNORED).flatten().nonzero().flatten()}
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 8) -> dict[str, Tensor]:
+    """input_ids, attention_mask and position_ids (N, T), int64; a padded row's positions start at its first token."""
+    longest = max(len(s) for s in sequences)
+    shape = (len(sequences), -(-longest // multiple_of) * multiple_of)
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, -len(sequence) :] = torch.tensor(sequence)
+        attention_mask[i, -len(sequence) :] = 1
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before and after every text (BOS; some add EOS).
+
+    Asked of the tokenizer's output: `add_bos_token` is missing or wrong on several fast tokenizers (Llama 3)."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for before in range(len(full) - len(plain) + 1):
+        if full[before : before + len(plain)] == plain:
+            return before, len(full) - len(plain) - before
+    raise InputError(f"{type(tokenizer).__name__} changes a text's own tokens when it adds special ones")
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - special_tokens(tokenizer)[1]]
+
+
+def _truncate(ids: list[int], limit: int, leading: int) -> tuple[int, ...]:
+    if len(ids) <= limit:
+        return tuple(ids)
+    return tuple(ids[:leading] + ids[len(ids) - (limit - leading) :])

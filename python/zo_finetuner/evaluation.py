@@ -1,0 +1,166 @@
+"""Accuracy or F1, and the training loss, over a whole split.
+
+Batches hold rows of similar length, longest first (little padding, and memory runs out at once or never); results
+do not depend on the order of the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetuner.encoding import (
+    MAX_NEW_TOKENS,
+    Encoded,
+    collate,
+    collate_options,
+    context_length,
+    encode_rows,
+    pad_left,
+    pad_token,
+)
+from zo_finetuner.errors import InputError
+from zo_finetuner.objective import candidate_scores, option_losses
+from zo_finetuner.tasks import Task, accuracy, f1
+from zo_finetuner.tasks.templates import Row
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Encoded] | Sequence[Row],
+    tokenizer: Any,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, float]:
+    """{"loss": ..., task.metric: ..., "n": ...} over rows or encoded rows.
+
+    loss is the training objective. Classification and multiple choice: accuracy of the candidate with the largest
+    mean log-probability per token. Generation: mean F1 of greedy text (`generate_answers`) over the best gold.
+    batch_size counts sequences: rows where one prompt pass scores a row, else candidates.
+    Raises InputError for an empty split.
+    """
+    if not examples:
+        raise InputError(f'task "{task.name}": nothing to evaluate, the split is empty')
+    if isinstance(examples[0], Encoded):
+        encodeds = list(examples)
+    else:
+        encodeds = encode_rows(task, examples, tokenizer, context_length(model))
+    pad_id = pad_token(tokenizer)
+    was_training = model.training
+    model.eval()
+    try:
+        if task.kind == "generation":
+            losses, counts = _option_sums(model, encodeds, pad_id, batch_size, progress)
+            loss = losses.sum() / counts.sum()
+            texts = generate_answers(model, encodeds, tokenizer, batch_size, progress)
+            metric = sum(f1(text, e.answers) for text, e in zip(texts, encodeds, strict=True)) / len(encodeds)
+        else:
+            loss, predictions = _choose(model, task, encodeds, pad_id, batch_size, progress)
+            metric = accuracy(predictions, [e.labels for e in encodeds])
+    finally:
+        model.train(was_training)
+    return {"loss": float(loss), task.metric: metric, "n": len(encodeds)}
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    encodeds: Sequence[Encoded],
+    tokenizer: Any,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy continuation of every prompt: up to 50 new tokens, to the first newline or EOS, stripped."""
+    newlines = newline_tokens(tokenizer)
+    eos = {tokenizer.eos_token_id} - {None}
+    pad_id = pad_token(tokenizer)
+    texts = [""] * len(encodeds)
+    for rows in _batches([len(e.prompt) for e in encodeds], batch_size, progress):
+        inputs = _to(model, pad_left([encodeds[i].prompt for i in rows], pad_id))
+        length = inputs["input_ids"].shape[1]
+        # Spelt out, so that a checkpoint's own sampling or repetition penalty (Qwen2: 1.1) has no say.
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(newlines | eos),
+        )
+        for i, ids in zip(rows, output[:, length:].tolist(), strict=True):
+            ends = [k for k, token in enumerate(ids) if token in newlines or token in eos]
+            # What follows the end is padding; a newline's token may hold text before it (".\n").
+            ids = ids[: ends[0] + (ids[ends[0]] in newlines)] if ends else ids
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            texts[i] = text.split("\n", 1)[0].strip()
+    return texts
+
+
+@functools.lru_cache(maxsize=8)
+def newline_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids of all tokens whose text holds a newline: a byte-level vocabulary has many (Llama 3: ".\\n", "\\n\\n")."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
+def _choose(
+    model: nn.Module, task: Task, encodeds: list[Encoded], pad_id: int, batch_size: int, progress: bool
+) -> tuple[Tensor, list[int]]:
+    """The training loss, and the index of the best candidate of every row."""
+    gold = torch.tensor([e.labels[0] for e in encodeds])
+    sizes = [len(e.sequences) for e in encodeds]
+    if task.kind == "classification" and all(e.shares_prompt for e in encodeds):
+        scores = [torch.empty(0)] * len(encodeds)
+        for rows in _batches([len(e.sequences[0]) for e in encodeds], batch_size, progress):
+            batch = _to(model, collate([encodeds[i] for i in rows], pad_id))
+            for i, row_scores in zip(rows, candidate_scores(model, batch).double().cpu(), strict=True):
+                scores[i] = row_scores[: sizes[i]]
+    else:
+        losses, counts = _option_sums(model, encodeds, pad_id, batch_size, progress)
+        scores = (-losses / counts).split(sizes)
+    predictions = [int(s.argmax()) for s in scores]
+    if task.kind == "classification":
+        loss = -torch.stack([s.log_softmax(0)[y] for s, y in zip(scores, gold, strict=True)]).mean()
+    else:
+        correct = torch.tensor([0, *sizes[:-1]]).cumsum(0) + gold
+        loss = losses[correct].sum() / counts[correct].sum()
+    return loss, predictions
+
+
+def _option_sums(
+    model: nn.Module, encodeds: list[Encoded], pad_id: int, batch_size: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-probability and number of the option tokens, fp64 on the CPU, one entry per candidate of
+    every row, in their order."""
+    sequences = [s for e in encodeds for s in e.sequences]
+    lengths = [n for e in encodeds for n in e.option_lengths]
+    losses = torch.zeros(len(sequences), dtype=torch.float64)
+    for some in _batches([len(s) for s in sequences], batch_size, progress):
+        batch = _to(model, collate_options([sequences[i] for i in some], [lengths[i] for i in some], pad_id))
+        losses[some] = option_losses(model, batch).double().sum(1).cpu()
+    return losses, torch.tensor(lengths, dtype=torch.float64)
+
+
+def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _batches(lengths: list[int], batch_size: int, progress: bool) -> Iterable[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if progress:
+        from tqdm.auto import tqdm
+
+        return tqdm(batches, desc="evaluate", leave=False)
+    return batches

@@ -1,0 +1,81 @@
+"""Training losses: fp32, from logits at the option tokens only, without a wait for the host.
+
+An objective is `objective(model, batch) -> (loss_sum, weight)`, two fp32 scalars on the model's device. The loss of
+a window of micro-batches is sum(loss_sum) / sum(weight), so eight micro-batches of one are one batch of eight.
+Which loss it is, and whether one prompt pass will do, `encoding.collate` has decided: it shows in the batch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zo_finetuner.rows import forward_accepts, head_rows, last_positions
+
+Batch = Mapping[str, Tensor]
+
+
+def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The objective of all eleven tasks, for a batch of `encoding.collate`.
+
+    Classification: cross-entropy over the candidates, their mean log-probability per token as logits, summed over
+    rows; weight is the number of rows. Otherwise: cross-entropy summed over the correct options' tokens; weight is
+    the number of those (MeZO, Malladi et al. 2023).
+    """
+    if "gold" in batch:
+        scores = candidate_scores(model, batch)
+        loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
+        return loss, loss.new_full((), scores.shape[0])
+    loss = option_losses(model, batch).sum()
+    return loss, loss.new_full((), batch["counted"].shape[0])
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, C) fp32 scores of the candidates, -inf where a row has fewer.
+
+    The mean log-probability per option token. From one prompt pass: the option tokens' logits, which differ from
+    it by the log-normaliser, the same for all candidates of a row, so that softmax and argmax are unchanged.
+    """
+    if "candidates" in batch:
+        scores = candidate_logits(model, batch, batch["candidates"]).gather(1, batch["members"])
+    else:
+        lengths = (batch["targets"] >= 0).sum(1)
+        scores = (-option_losses(model, batch).sum(1) / lengths)[batch["members"]]
+    return scores.masked_fill(~batch["valid"], -torch.inf)
+
+
+def candidate_logits(model: nn.Module, batch: Batch, token_ids: Tensor) -> Tensor:
+    """(N, V) fp32 logits after the last input token for the V token_ids (int64, on the model's device). Only those
+    rows of the head are read, wherever `head_rows` can."""
+    with head_rows(model, token_ids) as only_rows:
+        logits = last_logits(model, batch, 1)[:, 0]
+    return (logits if only_rows else logits.index_select(1, token_ids)).float()
+
+
+def option_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(N, K) fp32 negative log-probabilities of the targets, 0 where there is none."""
+    targets, counted = batch["targets"], batch["counted"]
+    logits = last_logits(model, batch, targets.shape[1]).flatten(0, 1)
+    # Cast the counted positions only: the fp32 copies are the largest tensors of the loss.
+    losses = F.cross_entropy(
+        logits.index_select(0, counted).float(), targets.flatten().index_select(0, counted), reduction="none"
+    )
+    return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
+
+
+def last_logits(model: nn.Module, batch: Batch, count: int) -> Tensor:
+    """(N, count, vocabulary) logits of the last `count` positions, in the model's dtype."""
+    accepts = forward_accepts(model)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "position_ids" in accepts:
+        # Without them GPT-2 counts the padding too, and every padded row gets other positions than alone.
+        inputs["position_ids"] = batch["position_ids"]
+    if "use_cache" in accepts:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in accepts:
+        return model(**inputs, logits_to_keep=count).logits
+    with last_positions(model, count):
+        return model(**inputs).logits[:, -count:]

@@ -1,0 +1,110 @@
+"""Forwards that compute less of the output head: only some vocabulary rows, or only the last positions.
+
+Both work with hooks on the head, so the model's own forward still does all the rest: soft caps (Gemma 2), logit
+scales (Cohere, Granite) and adapters keep their effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
+    """Within the context the output head computes only the columns of token_ids ((V,), int64), in their order.
+
+    Yields whether it does. It is False, and the logits are full, where rows cannot be taken by swapping storage:
+    with gradients enabled (autograd would keep the swapped rows), for a head that is not a plain nn.Linear
+    (LoRA, quantised, parametrised) and for one whose weights are moved in and out by accelerate. See
+    `objective.candidate_logits` for columns in every case.
+
+    The ids stand in `head._zo_rows` meanwhile: a scratch prober then perturbs only those rows and swaps them in
+    itself, and the head is left as it is found. All storages are back when the context ends, whatever happened.
+    """
+    head = output_head(model)
+    if torch.is_grad_enabled() or type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "_hf_hook"):
+        yield False
+        return
+    ids = token_ids.to(head.weight.device)
+    own: list[tuple[nn.Parameter, Tensor]] = []
+
+    def swap_in(module: nn.Module, args: tuple) -> None:
+        if getattr(module, "_zo_swapped", False) or module.weight.shape[0] == ids.numel():
+            return
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                own.append((parameter, parameter.data))
+                parameter.data = parameter.data.index_select(0, ids)
+
+    def swap_out(*_: Any) -> None:
+        while own:
+            parameter, data = own.pop()
+            parameter.data = data
+
+    head._zo_rows = ids
+    # Prepended: a prober's hooks enclose these (it swaps first and undoes last), so swaps nest.
+    hooks = [
+        head.register_forward_pre_hook(swap_in),
+        head.register_forward_hook(swap_out, always_call=True, prepend=True),
+    ]
+    try:
+        yield True
+    finally:
+        swap_out()  # torch runs always_call hooks after an Exception, but not after Ctrl-C
+        for hook in hooks:
+            hook.remove()
+        del head._zo_rows
+
+
+@contextlib.contextmanager
+def last_positions(model: nn.Module, count: int) -> Iterator[None]:
+    """Within the context the output head sees only the last `count` positions: what `logits_to_keep` does, for the
+    models whose forward lacks it (xLSTM, Whisper's decoder, code from the Hub)."""
+    head = output_head(model)
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][..., -count:, :], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes the logits, found through wrappers; None where the model does not tell."""
+    return unwrap(model).get_output_embeddings()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def forward_accepts(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the unwrapped model's forward takes."""
+    return _parameters(type(unwrap(model)))
+
+
+_KNOWN: dict[type, frozenset[str]] = {}
+
+
+def _parameters(cls: type) -> frozenset[str]:
+    # Remembered, since inspect takes 0.1 ms, twice in every step.
+    if cls not in _KNOWN:
+        _KNOWN[cls] = frozenset(inspect.signature(cls.forward).parameters)
+    return _KNOWN[cls]
