@@ -23,8 +23,8 @@ DEV_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Splits:
-    """Sampled rows. origin says where each split came from ("train" -> file, or Hub dataset and split) and index
-    holds each row's number there (from 0; blank lines of a file do not count)."""
+    """Sampled rows. origin says where each split came from ("train" -> file, or Hub dataset and split) and
+    index holds each row's number there (from 0; blank lines of a file do not count)."""
 
     train: list[dict[str, Any]]
     dev: list[dict[str, Any]]
@@ -46,10 +46,10 @@ def load_splits(
 
     source is a folder with train.jsonl and validation.jsonl (Hugging Face field names), a Hub dataset
     ("nyu-mll/glue", or with its configuration "nyu-mll/glue:sst2"), or None for the task's own Hub dataset.
-    The training split is permuted under RandomState(seed); of its first num_train + num_dev rows the last num_dev
-    are dev. test is the first num_eval of a permutation of the validation split under the same seed. Sizes default
-    to the task's. Where the training split is too small, dev keeps its size up to 2/5 of the rows, train takes
-    the rest, and a warning says so.
+    The training split is permuted under RandomState(seed); of its first num_train + num_dev rows the last
+    num_dev are dev. test is the first num_eval of a permutation of the validation split under the same seed.
+    Sizes default to the task's. Where the training split is too small, dev keeps its size up to 2/5 of the
+    rows, train takes the rest, and a warning says so.
 
     Raises InputError for a missing file or dataset, an empty split, and the first row at fault.
     """
@@ -89,7 +89,8 @@ def load_splits(
 
 
 def check_row(task: Task, row: Any, place: str) -> None:
-    """Raise InputError unless the row has every field of the task with a value of its kind; place is "file:line"."""
+    """Raise InputError unless the row has every field of the task with a value of its kind; place is
+    "file:line"."""
     if not isinstance(row, dict):
         raise InputError(f"{place}: a row must be a JSON object, not {_show(row)}")
     for name, kind in task.fields.items():
@@ -112,12 +113,13 @@ def _fault(name: str, value: Any, kind: Any) -> str | None:
             return f'field "{name}" is {_show(value)}, so the row has no label; fill in {meaning}, or leave it out'
         good, wanted = type(value) is int and 0 <= value < len(kind), meaning
     elif isinstance(kind, frozenset):
-        good, wanted = isinstance(value, str) and value in kind, " or ".join(f'"{word}"' for word in sorted(kind))
+        good = isinstance(value, str) and value in kind
+        wanted = " or ".join(f'"{word}"' for word in sorted(kind))
     elif isinstance(kind, dict):
         if isinstance(value, dict):
             for inner, inner_kind in kind.items():
                 if inner not in value:
-                    return f'field "{name}.{inner}" is missing; field "{name}" must be an object that holds it'
+                    return f'field "{name}.{inner}" is missing; "{name}" must be an object that holds it'
                 if fault := _fault(f"{name}.{inner}", value[inner], inner_kind):
                     return fault
         good, wanted = isinstance(value, dict), "an object with " + ", ".join(f'"{inner}"' for inner in kind)
@@ -142,14 +144,15 @@ def _open(task: Task, source: str | Path | None, split: str) -> tuple[str, Itera
             path = folder / f"{split}.jsonl"
             return str(path), _read_lines(path)
         if folder.exists():
-            raise InputError(f"{source}: not a folder; give the folder that holds train.jsonl and validation.jsonl")
+            raise InputError(f"{source}: not a folder; give the one with train.jsonl and validation.jsonl")
         if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise InputError(f"{source}: no such folder; it should hold train.jsonl and validation.jsonl")
     return _read_hub(task, source, split)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Plain json instead of the `datasets` reader: that one names neither line nor byte, and casts types silently.
+    # Plain json instead of the `datasets` reader: that one names neither line nor byte, and casts types
+    # silently.
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -170,7 +173,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"{place}: not JSON at column {error.colno} ({error.msg}); one object a line") from None
+            fault = f"not JSON at column {error.colno} ({error.msg})"
+            raise InputError(f"{place}: {fault}; write one object a line") from None
         yield place, row
 
 
@@ -188,7 +192,7 @@ def _read_hub(task: Task, source: str | None, split: str) -> tuple[str, Iterator
         raise InputError(f"{origin}: reading the Hub needs `pip install datasets`; {mend}") from None
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises a dozen unrelated types here; its first line says what happened
+    except Exception as error:  # a dozen unrelated types come from here; the first line says what happened
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{origin}: no such folder, and the Hub gave: {reason}; {mend}") from error
     return origin, ((f"{origin}, row {i} (from 0)", dict(row)) for i, row in enumerate(rows))

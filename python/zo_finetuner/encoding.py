@@ -1,8 +1,9 @@
 """From a row to token ids, and from several of those to one left-padded batch.
 
-An option is scored at the tokens it adds to the end of the prompt: their number is the length of the verbalised
-text minus the length of the prompt alone, both tokenised whole (MeZO, Malladi et al. 2023). The last token of a
-sequence is only ever a target, so it is never fed: batches are one token shorter than the sequences.
+An option is scored at the tokens it adds to the end of the prompt: their number is the length of the
+verbalised text minus the length of the prompt alone, both tokenised whole (MeZO, Malladi et al. 2023). The
+last token of a sequence is only ever a target, so it is never fed: batches are one token shorter than the
+sequences.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as token ids: a sequence (prompt and option) per candidate, each ending in option_lengths[c] option
-    tokens. labels are the correct candidates; training uses the first. A generation task has the gold answer as its
-    only candidate, and besides the prompt alone and the gold texts. cut is the number of tokens truncated."""
+    """One row as token ids: a sequence (prompt and option) per candidate, each ending in option_lengths[c]
+    option tokens. labels are the correct candidates; training uses the first. A generation task has the gold
+    answer as its only candidate, and besides the prompt alone and the gold texts. cut is the number of tokens
+    truncated."""
 
     kind: str
     sequences: tuple[tuple[int, ...], ...]
@@ -40,7 +42,8 @@ class Encoded:
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether every candidate is a single token after one common prompt, so that one forward scores them all."""
+        """Whether every candidate is a single token after one common prompt, so that one forward scores them
+        all."""
         head = self.sequences[0][:-1]
         return all(n == 1 for n in self.option_lengths) and all(s[:-1] == head for s in self.sequences)
 
@@ -48,9 +51,9 @@ class Encoded:
 def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Encoded:
     """Tokenise one row.
 
-    The prompt is stripped of its trailing spaces, the whole text of leading white space. Sequences longer than
-    max_length lose tokens on their left, behind whatever the tokenizer puts first (BOS). Generation tasks keep
-    MAX_NEW_TOKENS free. `encode_rows` warns about truncation.
+    The prompt is stripped of its trailing spaces, the whole text of leading white space. Sequences longer
+    than max_length lose tokens on their left, behind whatever the tokenizer puts first (BOS). Generation
+    tasks keep MAX_NEW_TOKENS free. `encode_rows` warns about truncation.
 
     max_length is the caller's to keep within the model's context (`context_length`).
     Raises InputError where an option adds no token, or max_length leaves no room for a prompt.
@@ -121,12 +124,14 @@ def collate(
 ) -> dict[str, Tensor]:
     """One batch for `objective`, as int64 and bool tensors on the CPU.
 
-    Always there: input_ids, attention_mask, position_ids (N, T), padded on the left to a multiple of `multiple_of`.
-    With gold_only (the default but for classification) N = B sequences, each row's first correct option, and
+    Always there: input_ids, attention_mask, position_ids (N, T), padded on the left to a multiple of
+    `multiple_of`. With gold_only (the default but for classification) N = B sequences, each row's first
+    correct option, and
         targets (N, K)  option tokens, right-aligned, IGNORED before them; K is the longest option
         counted (P,)    flat indices of the P real targets
     Otherwise N counts all candidates of all B rows, and there are besides
-        members (B, C)  which sequence is candidate c of row b        valid (B, C)  whether b has a candidate c
+        members (B, C)  which sequence is candidate c of row b        valid (B, C)  whether b has a candidate
+        c
         gold (B,)       the correct candidate
     or, where every candidate of every row is one token after a common prompt, N = B prompts, no targets, and
         candidates (V,) the distinct option tokens, sorted            members (B, C) index into candidates
@@ -135,7 +140,8 @@ def collate(
         gold_only = encodeds[0].kind != "classification"
     if gold_only:
         sequences = [e.sequences[e.labels[0]] for e in encodeds]
-        return collate_options(sequences, [e.option_lengths[e.labels[0]] for e in encodeds], pad_id, multiple_of)
+        lengths = [e.option_lengths[e.labels[0]] for e in encodeds]
+        return collate_options(sequences, lengths, pad_id, multiple_of)
 
     counts = torch.tensor([len(e.sequences) for e in encodeds])
     valid = torch.arange(int(counts.max())) < counts[:, None]
@@ -155,7 +161,8 @@ def collate(
 def collate_options(
     sequences: Sequence[Sequence[int]], option_lengths: Sequence[int], pad_id: int, multiple_of: int = 8
 ) -> dict[str, Tensor]:
-    """Inputs, targets and counted of `collate` for these sequences and the lengths of the options that end them."""
+    """Inputs, targets and counted of `collate` for these sequences and the lengths of the options that end
+    them."""
     targets = torch.full((len(sequences), max(option_lengths)), IGNORED)
     for i, (sequence, length) in enumerate(zip(sequences, option_lengths, strict=True)):
         targets[i, -length:] = torch.tensor(sequence[-length:])
@@ -164,7 +171,8 @@ def collate_options(
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 8) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids (N, T), int64; a padded row's positions start at its first token."""
+    """input_ids, attention_mask and position_ids (N, T), int64; a padded row's positions start at its first
+    token."""
     longest = max(len(s) for s in sequences)
     shape = (len(sequences), -(-longest // multiple_of) * multiple_of)
     input_ids = torch.full(shape, pad_id)
@@ -180,7 +188,8 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple_of: int =
 def special_tokens(tokenizer: Any) -> tuple[int, int]:
     """How many tokens the tokenizer puts before and after every text (BOS; some add EOS).
 
-    Asked of the tokenizer's output: `add_bos_token` is missing or wrong on several fast tokenizers (Llama 3)."""
+    Asked of the tokenizer's output: `add_bos_token` is missing or wrong on several fast tokenizers (Llama
+    3)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for before in range(len(full) - len(plain) + 1):

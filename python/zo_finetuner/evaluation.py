@@ -1,7 +1,7 @@
 """Accuracy or F1, and the training loss, over a whole split.
 
-Batches hold rows of similar length, longest first (little padding, and memory runs out at once or never); results
-do not depend on the order of the rows.
+Batches hold rows of similar length, longest first (little padding, and memory runs out at once or never);
+results do not depend on the order of the rows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def evaluate_split(
 ) -> dict[str, float]:
     """{"loss": ..., task.metric: ..., "n": ...} over rows or encoded rows.
 
-    loss is the training objective. Classification and multiple choice: accuracy of the candidate with the largest
-    mean log-probability per token. Generation: mean F1 of greedy text (`generate_answers`) over the best gold.
-    batch_size counts sequences: rows where one prompt pass scores a row, else candidates.
-    Raises InputError for an empty split.
+    loss is the training objective. Classification and multiple choice: accuracy of the candidate with the
+    largest mean log-probability per token. Generation: mean F1 of greedy text (`generate_answers`) over the
+    best gold. batch_size counts sequences: rows where one prompt pass scores a row, else candidates. Raises
+    InputError for an empty split.
     """
     if not examples:
         raise InputError(f'task "{task.name}": nothing to evaluate, the split is empty')
@@ -108,7 +108,8 @@ def generate_answers(
 
 @functools.lru_cache(maxsize=8)
 def newline_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of all tokens whose text holds a newline: a byte-level vocabulary has many (Llama 3: ".\\n", "\\n\\n")."""
+    """Ids of all tokens whose text holds a newline: a byte-level vocabulary has many (Llama 3: ".\\n",
+    "\\n\\n")."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
@@ -140,8 +141,8 @@ def _choose(
 def _option_sums(
     model: nn.Module, encodeds: list[Encoded], pad_id: int, batch_size: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """Summed negative log-probability and number of the option tokens, fp64 on the CPU, one entry per candidate of
-    every row, in their order."""
+    """Summed negative log-probability and number of the option tokens, fp64 on the CPU, one entry per
+    candidate of every row, in their order."""
     sequences = [s for e in encodeds for s in e.sequences]
     lengths = [n for e in encodeds for n in e.option_lengths]
     losses = torch.zeros(len(sequences), dtype=torch.float64)

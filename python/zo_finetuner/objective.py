@@ -1,8 +1,9 @@
 """Training losses: fp32, from logits at the option tokens only, without a wait for the host.
 
-An objective is `objective(model, batch) -> (loss_sum, weight)`, two fp32 scalars on the model's device. The loss of
-a window of micro-batches is sum(loss_sum) / sum(weight), so eight micro-batches of one are one batch of eight.
-Which loss it is, and whether one prompt pass will do, `encoding.collate` has decided: it shows in the batch's keys.
+An objective is `objective(model, batch) -> (loss_sum, weight)`, two fp32 scalars on the model's device. The
+loss of a window of micro-batches is sum(loss_sum) / sum(weight), so eight micro-batches of one are one batch
+of eight. Which loss it is, and whether one prompt pass will do, `encoding.collate` has decided: it shows in
+the batch's keys.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ Batch = Mapping[str, Tensor]
 def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The objective of all eleven tasks, for a batch of `encoding.collate`.
 
-    Classification: cross-entropy over the candidates, their mean log-probability per token as logits, summed over
-    rows; weight is the number of rows. Otherwise: cross-entropy summed over the correct options' tokens; weight is
-    the number of those (MeZO, Malladi et al. 2023).
+    Classification: cross-entropy over the candidates, their mean log-probability per token as logits, summed
+    over rows; weight is the number of rows. Otherwise: cross-entropy summed over the correct options' tokens;
+    weight is the number of those (MeZO, Malladi et al. 2023).
     """
     if "gold" in batch:
         scores = candidate_scores(model, batch)
@@ -36,8 +37,9 @@ def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     """(B, C) fp32 scores of the candidates, -inf where a row has fewer.
 
-    The mean log-probability per option token. From one prompt pass: the option tokens' logits, which differ from
-    it by the log-normaliser, the same for all candidates of a row, so that softmax and argmax are unchanged.
+    The mean log-probability per option token. From one prompt pass: the option tokens' logits, which differ
+    from it by the log-normaliser, the same for all candidates of a row, so that softmax and argmax are
+    unchanged.
     """
     if "candidates" in batch:
         scores = candidate_logits(model, batch, batch["candidates"]).gather(1, batch["members"])
@@ -48,8 +50,8 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def candidate_logits(model: nn.Module, batch: Batch, token_ids: Tensor) -> Tensor:
-    """(N, V) fp32 logits after the last input token for the V token_ids (int64, on the model's device). Only those
-    rows of the head are read, wherever `head_rows` can."""
+    """(N, V) fp32 logits after the last input token for the V token_ids (int64, on the model's device). Only
+    those rows of the head are read, wherever `head_rows` can."""
     with head_rows(model, token_ids) as only_rows:
         logits = last_logits(model, batch, 1)[:, 0]
     return (logits if only_rows else logits.index_select(1, token_ids)).float()

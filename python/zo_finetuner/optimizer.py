@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zo_finetuner.engine import Engine, LossFn
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.base import Method
+from zo_finetuner.optim.create import make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
 
@@ -81,3 +82,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         state = dict(state_dict)
         self.engine.load_state_dict(state.pop("zo"))
         super().load_state_dict(state)
+
+
+def create_zo_optimizer(
+    model: nn.Module,
+    optimizer: str | Method = "mezo",
+    *,
+    lr: float,
+    eps: float = 1e-3,
+    seed: int = 0,
+    probing: str = "auto",
+    weight_decay: float = 0.0,
+    **settings: Any,
+) -> ZOOptimizer:
+    """A `ZOOptimizer` by the method's name, or with a method made before.
+
+    settings: for a name, what `optim.make_method` takes (pertnn, batch_size, ...)."""
+    method = optimizer if isinstance(optimizer, Method) else make_method(optimizer, model, seed=seed, **settings)
+    return ZOOptimizer(model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""PertNN: the networks of the learned optimizer "ZO Fine-tuner" (arXiv 2510.00419), all of a model in one batch.
+"""PertNN: the networks of the learned optimizer "ZO Fine-tuner" (arXiv 2510.00419), as one batch per model.
 
 A block is a named tensor. Its network reads five numbers about the block and the step before, and returns the
 scale sigma of the block's perturbation; the normaliser then makes the whole perturbation as large as MeZO's.
@@ -18,7 +18,7 @@ from zo_finetuner.errors import InputError
 #: Inputs of a network, in order. Before the first step the losses are 0 and sigma is 1.
 INPUTS = ("mean", "unbiased variance", "previous loss+", "previous loss-", "previous raw sigma")
 
-#: An embedding counts as the rows that a batch touches: the paper's code takes 15 distinct tokens per example.
+#: An embedding counts as the rows that a batch touches: the paper's code takes 15 tokens per example.
 TOKENS_PER_EXAMPLE = 15
 
 
@@ -58,8 +58,8 @@ class PertNN(nn.Module):
     def fresh(cls, names: Sequence[str], *, hidden: int = 64, seed: int = 0) -> PertNN:
         """Untrained networks, the control for every claim about learned ones; fp32 on the CPU.
 
-        Bit for bit what `nn.Sequential(Linear(5, hidden), Tanh(), Linear(hidden, 1))` draws for one name after
-        the other under `torch.manual_seed(seed)`, but from its own generator: the global one stays untouched.
+        Bit for bit what `nn.Sequential(Linear(5, hidden), Tanh(), Linear(hidden, 1))` draws for one name
+        after the other under `torch.manual_seed(seed)`, but from a generator of its own.
         """
         generator = torch.Generator().manual_seed(seed)
         n = len(names)

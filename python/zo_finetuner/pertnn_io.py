@@ -1,12 +1,14 @@
-"""Files of learned optimizers: safetensors with a JSON card, and the published `.pth` (read only, never executed).
+"""Files of learned optimizers: safetensors with a JSON card, and the published `.pth` (read, never executed).
 
-A safetensors file holds w1 (N, hidden, 5), b1 (N, hidden), w2 (N, hidden) and b2 (N,) in fp32, and one metadata entry,
-`zo_finetuner.pertnn`: the card, which names the N blocks in order. The same networks and card give the same bytes.
+A safetensors file holds w1 (N, hidden, 5), b1 (N, hidden), w2 (N, hidden) and b2 (N,) in fp32, and one
+metadata entry, `zo_finetuner.pertnn`: the card, which names the N blocks in order. The same networks and card
+give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,7 +34,7 @@ _MAX_BYTES = 2 * MAX_FILE  # of the parameters in fp32: the largest fp16 file, c
 class Card:
     """What a learned optimizer is and where it comes from; stored as JSON, one key per field.
 
-    `names` and `hidden` are filled in by `save_pertnn`. Raises: InputError from `from_json`, naming file and key.
+    `save_pertnn` fills in `names` and `hidden`.
     """
 
     source: str  # "published file X", "fresh, seed 3", "zo learn ..."
@@ -48,21 +50,21 @@ class Card:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """One line; floats as their shortest exact form. Raises: ValueError on NaN, infinity or foreign objects."""
+        """One line of JSON. Raises: ValueError on NaN and infinity, TypeError on what JSON does not know."""
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, path: str | os.PathLike) -> Card:
-        """Read and check a card; `path` is the file that messages name."""
+        """Read and check a card. Raises: InputError naming `path` and the key."""
         try:
             card = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the card is not valid JSON ({error}); export the file again") from error
+            raise InputError(f"{path}: the card is not JSON ({error}); export the file again") from error
         if not isinstance(card, dict) or type(card.get("format_version")) is not int:
             raise InputError(f'{path}: the card has no whole number "format_version"; export the file again')
         if card["format_version"] != FORMAT_VERSION:
-            raise InputError(f'{path}: card "format_version" {card["format_version"]}, this release reads '
-                             f"{FORMAT_VERSION}; update zo-finetuner, or export the file again")
+            raise InputError(f'{path}: "format_version" {card["format_version"]} in the card, this release '
+                             f"reads {FORMAT_VERSION}; update zo-finetuner, or export the file again")
         known = {entry.name: entry for entry in fields(cls)}
         for key, value in card.items():
             if key not in known:
@@ -72,14 +74,15 @@ class Card:
         for key in ("source", "names", "hidden", "inputs", "recipe"):
             if key not in card:
                 raise InputError(f'{path}: the card has no "{key}"; export the file again')
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
+        return cls(**{key: tuple(entry) if type(entry) is list else entry for key, entry in card.items()})
 
 
 def load_pertnn(path: str | os.PathLike) -> tuple[PertNN, Card]:
-    """The networks (fp32, CPU) and the card of a learned optimizer; what kind of file it is, its first bytes tell.
+    """The networks (fp32, CPU) and the card of a learned optimizer; the first bytes tell the kind of file.
 
     A published `.pth` is read as data, by `restricted_pickle`; fp16 networks become fp32 exactly.
-    Raises: InputError naming the file: missing, damaged, hostile, other architecture, non-finite weights, newer format.
+    Raises: InputError naming the file, when it is missing, damaged, hostile, newer than this release, of
+    another architecture, or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,29 +99,32 @@ def load_pertnn(path: str | os.PathLike) -> tuple[PertNN, Card]:
     else:
         raise InputError(f"{path}: neither a safetensors file nor a torch.save zip (a .pth since torch 1.6); "
                          "fetch the file again")
-    _require_finite(nets, path)
+    _require_sound(nets, path)
     return nets, card
 
 
 def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
-    """Write `nets` and `card` to a `.safetensors` file, whole or not at all: the old file stays until the new is on disk.
+    """Write `nets` and `card` to a `.safetensors` file, whole or not at all: an old file stays until then.
 
     `card.names` and `card.hidden` are taken from `nets`.
-    Raises: InputError naming the file: other suffix, no folder, no space, non-finite weights, a card that cannot be read.
+    Raises: InputError naming the file, for another suffix, weights that are not finite, a card that
+    `load_pertnn` would refuse, and what the disk refuses.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: a learned optimizer is saved as .safetensors; change the suffix")
-    _require_finite(nets, path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    _require_sound(nets, path)
     card = replace(card, names=nets.names, hidden=nets.hidden)
     try:
         text = card.to_json()
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: the card cannot be JSON ({error}); metrics are finite numbers or text") from error
+        raise InputError(f"{path}: the card is no JSON ({error}); metrics are numbers or text") from error
     _require_runnable(Card.from_json(text, path), path)
     tensors = {label: getattr(nets, label).detach().cpu().contiguous() for label in _TENSORS}
     content = safetensors_bytes(tensors, metadata={METADATA_KEY: text})
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace is atomic inside one disk
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: os.replace is atomic there
     try:
         with unfinished.open("wb") as stream:
             stream.write(content)
@@ -137,27 +143,25 @@ def _load_safetensors(path: Path) -> tuple[PertNN, Card]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            # Copies: what safetensors returns is mapped from the file, and dies with it.
-            tensors = {label: file.get_tensor(label).clone() for label in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged safetensors file ({error}); fetch or export it again") from error
-    if text is None:
-        raise InputError(f'{path}: no card (metadata "{METADATA_KEY}"): not a learned optimizer')
-    card = Card.from_json(text, path)
-    _require_runnable(card, path)
-    n, hidden = len(card.names), card.hidden
-    shapes = {"w1": (n, hidden, len(INPUTS)), "b1": (n, hidden), "w2": (n, hidden), "b2": (n,)}
-    found = {label: tuple(tensor.shape) for label, tensor in tensors.items()}
-    if found != shapes:
-        raise InputError(f"{path}: holds tensors {found}, its card asks for {shapes}; export the file again")
-    for label, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise InputError(f"{path}: {label} is {tensor.dtype}, not torch.float32; export the file again")
+            if text is None:
+                raise InputError(f'{path}: no card (metadata "{METADATA_KEY}"): not a learned optimizer')
+            card = Card.from_json(text, path)
+            _require_runnable(card, path)
+            n, hidden = len(card.names), card.hidden
+            layout = {"w1": [n, hidden, len(INPUTS)], "b1": [n, hidden], "w2": [n, hidden], "b2": [n]}
+            slices = {label: file.get_slice(label) for label in file.keys()}  # noqa: SIM118 (it is no dict)
+            found = {label: (part.get_dtype(), part.get_shape()) for label, part in slices.items()}
+            if found != {label: ("F32", shape) for label, shape in layout.items()}:
+                raise InputError(f"{path}: holds {found}, its card asks for F32 {layout}; export it again")
+            # Copies: what safetensors returns is mapped from the file, and changes with it.
+            tensors = {label: file.get_tensor(label).clone() for label in _TENSORS}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged safetensors file ({error}); fetch it again") from error
     return PertNN(card.names, **tensors, source=str(path)), card
 
 
 def _load_published(path: Path) -> tuple[PertNN, Card]:
-    """`torch.save` of {tensor name: nn.Sequential(Linear(5, hidden), Tanh, Linear(hidden, 1))} (algorithm notes, 4.1)."""
+    """`torch.save` of {tensor name: nn.Sequential(Linear(5, hidden), Tanh(), Linear(hidden, 1))}."""
     content, folder = read_torch_file(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {describe(content)}, not a dictionary of networks by tensor name")
@@ -165,10 +169,12 @@ def _load_published(path: Path) -> tuple[PertNN, Card]:
     hidden = networks[0][0].shape[0]
     for name, network in zip(content, networks, strict=True):
         if network[0].shape[0] != hidden:
-            raise InputError(f"{path}: network {name} has {network[0].shape[0]} hidden units, the first has {hidden}")
-    if len(networks) * (7 * hidden + 1) * 4 > _MAX_BYTES:  # networks that share one storage could multiply it
-        raise InputError(f"{path}: {len(networks)} networks of {hidden} hidden units are more than {_MAX_BYTES} bytes")
-    w1, b1, w2, b2 = (torch.stack([tensor.float() for tensor in column]) for column in zip(*networks, strict=True))
+            raise InputError(f"{path}: network {name} has {network[0].shape[0]} hidden units, "
+                             f"the first has {hidden}; all have the same")
+    if len(networks) * (7 * hidden + 1) * 4 > _MAX_BYTES:  # networks that share a storage could multiply it
+        raise InputError(f"{path}: {len(networks)} networks of {hidden} hidden units are too many")
+    columns = zip(*networks, strict=True)
+    w1, b1, w2, b2 = (torch.stack([tensor.float() for tensor in column]) for column in columns)
     card = Card(source=f"published file {path.name} ({folder[:200]!a})", noise_contract=0, hidden=hidden,
                 names=tuple(content))
     return PertNN(card.names, w1, b1, w2.squeeze(1), b2.squeeze(1), source=str(path)), card
@@ -176,15 +182,15 @@ def _load_published(path: Path) -> tuple[PertNN, Card]:
 
 def _published_network(path: Path, name: str, network: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(hidden, 5), (hidden,), (1, hidden), (1,) of one network, in the file's dtype."""
-    if not name.isprintable() or not 0 < len(name) <= 512:
-        raise InputError(f"{path}: {name[:80]!a} is no name of a tensor")
+    _require_name(name, path)
     layers = _part(network, "Sequential", "_modules")
     if layers is None:
-        raise InputError(f"{path}: network {name} is {describe(network)}, not a Sequential of Linear, Tanh, Linear")
+        raise InputError(f"{path}: network {name} is {describe(network)}, not a Sequential of layers")
     found = ", ".join(_spell(layer) for layer in layers.values())
     hidden = _spell(next(iter(layers.values()), None)).removeprefix("Linear(5, ").removesuffix(")")
     if list(layers) != ["0", "1", "2"] or found != f"Linear(5, {hidden}), Tanh, Linear({hidden}, 1)":
-        raise InputError(f"{path}: network {name} is ({found[:200]}); a PertNN is (Linear(5, 64), Tanh, Linear(64, 1))")
+        raise InputError(f"{path}: network {name} is ({found[:200]}); "
+                         "a PertNN is (Linear(5, 64), Tanh, Linear(64, 1))")
     first, last = (_part(layers[place], "Linear", "_parameters") for place in "02")
     return first["weight"], first["bias"], last["weight"], last["bias"]
 
@@ -198,7 +204,7 @@ def _part(module: object, kind: str, part: str) -> dict | None:
 
 
 def _spell(layer: object) -> str:
-    """As torch prints it, from the shapes that are really there: `Linear(5, 64)`, `Tanh`, `a Linear without ...`."""
+    """A layer as torch prints it, but by the shapes that are really there: `Linear(5, 64)`, `Tanh`."""
     if (parameters := _part(layer, "Linear", "_parameters")) is None:
         return "Tanh" if isinstance(layer, Module) and layer.kind == "Tanh" else describe(layer)
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -213,8 +219,12 @@ def _fits(annotation: str, value: object) -> bool:
     if annotation.startswith("tuple"):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     if annotation.startswith("dict"):
-        return isinstance(value, dict) and all(type(entry) in (int, float, str) for entry in value.values())
+        return isinstance(value, dict) and all(map(_is_metric, value.values()))
     return type(value).__name__ == annotation
+
+
+def _is_metric(value: object) -> bool:
+    return type(value) is str or (type(value) in (int, float) and abs(value) < math.inf)
 
 
 def _require_runnable(card: Card, path: Path) -> None:
@@ -222,12 +232,24 @@ def _require_runnable(card: Card, path: Path) -> None:
         raise InputError(f"{path}: recipe {card.recipe[:80]!a}{nearest(card.recipe, RECIPES)}; "
                          f"this release runs {', '.join(RECIPES)}")
     if card.inputs != INPUTS:
-        raise InputError(f"{path}: its networks read {list(card.inputs)!a}, those of this release {list(INPUTS)}")
+        raise InputError(f"{path}: its networks read {list(card.inputs)!a}, "
+                         f"those of this release {list(INPUTS)}")
 
 
-def _require_finite(nets: PertNN, path: Path) -> None:
-    values = torch.cat([getattr(nets, label).detach().flatten(1) for label in _TENSORS[:3]] + [nets.b2.detach()[:, None]], 1)
-    bad = (~values.isfinite().all(dim=1)).nonzero().flatten().tolist()
+def _require_name(name: str, path: Path) -> None:
+    if not name.isprintable() or not 0 < len(name) <= 512:
+        raise InputError(f"{path}: {name[:80]!a} is no name of a tensor")
+
+
+def _require_sound(nets: PertNN, path: Path) -> None:
+    """Printable names, at least one network, and finite weights."""
+    for name in nets.names:
+        _require_name(name, path)
+    n = len(nets.names)
+    if n == 0 or nets.hidden == 0:
+        raise InputError(f"{path}: {n} networks of {nets.hidden} hidden units; there is nothing to run")
+    finite = [getattr(nets, label).detach().isfinite().reshape(n, -1).all(dim=1) for label in _TENSORS]
+    bad = (~torch.stack(finite).all(dim=0)).nonzero().flatten().tolist()
     if bad:
         raise InputError(f"{path}: NaN or infinite weights in the network of {nets.names[bad[0]]} "
-                         f"({len(bad)} of {len(nets.names)} networks); learn or fetch it again")
+                         f"({len(bad)} of {n} networks); learn or fetch it again")

@@ -73,8 +73,8 @@ def describe(value: object) -> str:
 def read_torch_file(path: Path) -> tuple[object, str]:
     """The object in a `torch.save` zip, and the name of the folder inside it (what it was first saved as).
 
-    It is made of dicts with string keys, lists, tuples, strings, ints, bools, None, `Module` stand-ins and CPU
-    tensors (fp32 or fp16) that share the storages of the file.
+    It is made of dicts with string keys, lists, tuples, strings, ints, bools, None, `Module` stand-ins, and
+    CPU tensors (fp32 or fp16) that share the storages of the file.
     Raises: InputError naming the file, for anything else, for damage, and for sizes past the limits above.
     """
     if not path.is_file():

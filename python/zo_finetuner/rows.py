@@ -1,7 +1,7 @@
 """Forwards that compute less of the output head: only some vocabulary rows, or only the last positions.
 
-Both work with hooks on the head, so the model's own forward still does all the rest: soft caps (Gemma 2), logit
-scales (Cohere, Granite) and adapters keep their effect.
+Both work with hooks on the head, so the model's own forward still does all the rest: soft caps (Gemma 2),
+logit scales (Cohere, Granite) and adapters keep their effect.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
-    """Within the context the output head computes only the columns of token_ids ((V,), int64), in their order.
+    """Within the context the output head computes only the columns of token_ids ((V,), int64), in their
+    order.
 
-    Yields whether it does. It is False, and the logits are full, where rows cannot be taken by swapping storage:
-    with gradients enabled (autograd would keep the swapped rows), for a head that is not a plain nn.Linear
-    (LoRA, quantised, parametrised) and for one whose weights are moved in and out by accelerate. See
-    `objective.candidate_logits` for columns in every case.
+    Yields whether it does. It is False, and the logits are full, where rows cannot be taken by swapping
+    storage: with gradients enabled (autograd would keep the swapped rows), for a head that is not a plain
+    nn.Linear (LoRA, quantised, parametrised) and for one whose weights are moved in and out by accelerate.
+    See `objective.candidate_logits` for columns in every case.
 
-    The ids stand in `head._zo_rows` meanwhile: a scratch prober then perturbs only those rows and swaps them in
-    itself, and the head is left as it is found. All storages are back when the context ends, whatever happened.
+    The ids stand in `head._zo_rows` meanwhile: a scratch prober then perturbs only those rows and swaps them
+    in itself, and the head is left as it is found. All storages are back when the context ends, whatever
+    happened.
     """
     head = output_head(model)
-    if torch.is_grad_enabled() or type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "_hf_hook"):
+    plain = type(head) is nn.Linear and not head.weight.is_meta and not hasattr(head, "_hf_hook")
+    if torch.is_grad_enabled() or not plain:
         yield False
         return
     ids = token_ids.to(head.weight.device)
@@ -64,8 +67,8 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def last_positions(model: nn.Module, count: int) -> Iterator[None]:
-    """Within the context the output head sees only the last `count` positions: what `logits_to_keep` does, for the
-    models whose forward lacks it (xLSTM, Whisper's decoder, code from the Hub)."""
+    """Within the context the output head sees only the last `count` positions: what `logits_to_keep` does,
+    for the models whose forward lacks it (xLSTM, Whisper's decoder, code from the Hub)."""
     head = output_head(model)
     if head is None:
         yield

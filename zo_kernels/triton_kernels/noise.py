@@ -39,9 +39,9 @@ def philox(c0, c1, c2, c3, seed):
 
 
 @triton.jit
-def words(group, seed, tensor_id, stream, GROUPS: tl.constexpr):
+def words(group, i, seed, tensor_id, stream, GROUPS: tl.constexpr):
     """The words of GROUPS consecutive groups from `group` (int64) on, in order: uint32 (4 * GROUPS,)."""
-    c0 = group.to(tl.uint32) + tl.arange(0, GROUPS).to(tl.uint32)
+    c0 = group.to(tl.uint32) + i + tl.arange(0, GROUPS).to(tl.uint32)
     c1 = (group >> 32).to(tl.uint32)
     w0, w1, w2, w3 = philox(c0, c1, tensor_id.to(tl.uint32), stream, seed)
     return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (4 * GROUPS,))
@@ -80,9 +80,9 @@ def _sin(x):
 
 
 @triton.jit
-def normal(first, seed, tensor_id, BLOCK: tl.constexpr):
+def normal(first, i, seed, tensor_id, BLOCK: tl.constexpr):
     """Standard normals of elements first .. first + BLOCK: fp32 (BLOCK,)."""
-    w = words(first >> 3, seed, tensor_id, DIRECTION, BLOCK // 8)
+    w = words(first >> 3, i.to(tl.uint32) >> 3, seed, tensor_id, DIRECTION, BLOCK // 8)
     u = tl.fma(w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33: u is never 0
     # |log2 u|: the hardware's log2 can exceed 0 near 1.
     radius = _sqrt(tl.abs(_log2(u)) * 1.3862943611198906)
@@ -93,26 +93,26 @@ def normal(first, seed, tensor_id, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rademacher(first, seed, tensor_id, BLOCK: tl.constexpr):
+def rademacher(first, i, seed, tensor_id, BLOCK: tl.constexpr):
     """Random signs of elements first .. first + BLOCK: fp32 (BLOCK,), bit 1 is +1 and bit 0 is -1."""
-    w = words(first >> 7, seed, tensor_id, DIRECTION, BLOCK // 128)
+    w = words(first >> 7, i.to(tl.uint32) >> 7, seed, tensor_id, DIRECTION, BLOCK // 128)
     shift = (31 - tl.arange(0, 32)).to(tl.uint32)
     bit = tl.reshape(w[:, None] << shift[None, :], (BLOCK,))  # now bit 31; 0xbf800000 is -1.0
     return ((bit & 0x80000000) ^ 0xBF800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def direction(first, seed, tensor_id, BLOCK: tl.constexpr, RADEMACHER: tl.constexpr):
+def direction(first, i, seed, tensor_id, BLOCK: tl.constexpr, RADEMACHER: tl.constexpr):
     if RADEMACHER:
-        return rademacher(first, seed, tensor_id, BLOCK)
+        return rademacher(first, i, seed, tensor_id, BLOCK)
     else:
-        return normal(first, seed, tensor_id, BLOCK)
+        return normal(first, i, seed, tensor_id, BLOCK)
 
 
 @triton.jit
-def rounding_bits(first, seed, tensor_id, BLOCK: tl.constexpr):
+def rounding_bits(first, i, seed, tensor_id, BLOCK: tl.constexpr):
     """16 random bits for each of the elements first .. first + BLOCK: uint32 (BLOCK,)."""
-    w = words(first >> 3, seed, tensor_id, ROUNDING, BLOCK // 8)
+    w = words(first >> 3, i.to(tl.uint32) >> 3, seed, tensor_id, ROUNDING, BLOCK // 8)
     return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
 
 

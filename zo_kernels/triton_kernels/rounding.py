@@ -32,7 +32,8 @@ def stochastic(x, r, DTYPE: tl.constexpr):
     magnitude = bits & 0x7FFFFFFF
     if DTYPE == tl.bfloat16:
         # Infinity has 16 zero bits below, so no r carries into it; a NaN keeps its upper half.
-        rounded = tl.where(magnitude > 0x7F800000, bits | 0x400000, bits + r) >> 16
+        clipped = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000).to(tl.uint32, bitcast=True)
+        rounded = (clipped + r) >> 16
     else:
         # Normal in fp16: 13 bits are dropped.  d + floor(r / 8) >= 2^13 is 8 d + r >= 2^16.
         normal = ((magnitude + (r >> 3)) >> 13) - (112 << 10)

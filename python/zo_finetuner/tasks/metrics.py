@@ -27,7 +27,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     """
     if answers[0] in NO_ANSWER:
         return exact_match(prediction, answers[:1])
-    return max(_token_f1(normalize_answer(prediction).split(), normalize_answer(gold).split()) for gold in answers)
+    tokens = normalize_answer(prediction).split()
+    return max(_token_f1(tokens, normalize_answer(gold).split()) for gold in answers)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

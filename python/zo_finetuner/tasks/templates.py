@@ -1,8 +1,8 @@
 """The eleven tasks of MeZO's experiments (Malladi et al. 2023, appendix E): one entry each.
 
 A task turns a row with Hugging Face field names into a prompt and the continuations that are scored after it.
-Spaces matter: a continuation carries a leading space where the space belongs to the label word, and a prompt's
-trailing space (COPA) is given as the text reads; `encoding` decides which token it ends up in.
+Spaces matter: a continuation carries a leading space where the space belongs to the label word, and a
+prompt's trailing space (COPA) is given as the text reads; `encoding` decides which token it ends up in.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from zo_finetuner.errors import InputError, nearest
 
 Row = Mapping[str, Any]
 
-# What a field must hold, read by `data.check_row`: `str`; `[str]`, one or more non-blank texts; `{name: kind}`,
-# an object; a frozenset, one of these words; a tuple, the class names of an integer label.
+# What a field must hold, read by `data.check_row`: `str`; `[str]`, one or more non-blank texts; `{name:
+# kind}`, an object; a frozenset, one of these words; a tuple, the class names of an integer label.
 Kind = type | list | dict | frozenset | tuple
 
 
@@ -29,8 +29,8 @@ class Task:
     multiple_choice cross-entropy per token of the correct candidate                 accuracy
     generation      cross-entropy per token of the first gold answer                 F1 of greedy text
 
-    label(row) is an index into candidates(row), or a list of them where several are correct (training uses the
-    first). answers(row) are the gold texts of a generation task, else empty. train, dev and eval are the
+    label(row) is an index into candidates(row), or a list of them where several are correct (training uses
+    the first). answers(row) are the gold texts of a generation task, else empty. train, dev and eval are the
     protocol's numbers of rows. fault(row) names what is wrong between the fields of a row, or is None.
     """
 
@@ -152,7 +152,8 @@ MULTIRC = Task(
 
 
 def _copa_prompt(row: Row) -> str:
-    return row["premise"].rstrip().removesuffix(".") + {"effect": " so ", "cause": " because "}[row["question"]]
+    conjunction = {"effect": " so ", "cause": " because "}[row["question"]]
+    return row["premise"].rstrip().removesuffix(".") + conjunction
 
 
 def _mid_sentence(choice: str) -> str:

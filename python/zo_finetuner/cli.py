@@ -1,0 +1,152 @@
+"""The command line: `zo train | eval | demo | convert | env`.
+
+Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from zo_finetuner.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0, or 2 for bad input, or 130 after Ctrl-C)."""
+    arguments = vars(_parser().parse_args(argv))
+    run = arguments.pop("run")
+    logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
+    logging.getLogger("zo_finetuner").setLevel(logging.INFO)
+    warnings.showwarning = _one_line
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_large_buffers()
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"zo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zo: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    print(f"zo: warning: {message}", file=sys.stderr)
+
+
+def keep_large_buffers() -> bool:
+    """Tell glibc to keep large buffers instead of handing each one back to the kernel: on small virtual machines
+    page faults otherwise eat most of a CPU step.  For this process only, hence here and not in the library.
+
+    M_TRIM_THRESHOLD = -1, M_MMAP_THRESHOLD = -3 (32 MiB is the largest that glibc takes).  False where it is not
+    glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(-3, 32 << 20)) and bool(mallopt(-1, 1 << 30))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from zo_finetuner.config import add_flags
+
+    parser = argparse.ArgumentParser(prog="zo", description="Fine-tune language models with forward passes only.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    add_flags(verb("train", _train, "fine-tune a model on a task"))
+
+    evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows")
+    evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")
+    evaluate.add_argument("--task", required=True)
+    evaluate.add_argument("--data", help="folder with train.jsonl and validation.jsonl, or a Hub dataset")
+    evaluate.add_argument("--dtype", default="auto")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--num-eval", type=int, help="validation rows; default: the protocol's")
+    evaluate.add_argument("--data-seed", type=int, default=0)
+    evaluate.add_argument("--output", help="also write the numbers to this JSON file")
+
+    demo = verb("demo", _demo, "pretrain a tiny model, fine-tune it two ways, draw the curves; needs no file")
+    demo.add_argument("--output-dir", default="demo-out")
+    demo.add_argument("--seed", type=int, default=0)
+
+    convert = verb("convert", _convert, "turn a published PertNN .pth into safetensors with a card")
+    convert.add_argument("source", help="published .pth file (read without executing what it pickles)")
+    convert.add_argument("target", help="new .safetensors file")
+    convert.add_argument("--base-model", default="", help="name of the model it was learned for")
+
+    verb("env", _env, "what this machine can do, what is missing, and the command that adds it")
+    return parser
+
+
+def _train(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.config import resolve
+
+    arguments.pop("verb")
+    config = resolve(arguments)
+    from zo_finetuner.training import train
+
+    result = train(config)
+    print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
+          f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
+          f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+
+
+def _eval(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.data import load_splits
+    from zo_finetuner.encoding import context_length, encode_rows
+    from zo_finetuner.evaluation import evaluate_split
+    from zo_finetuner.files import write_json
+    from zo_finetuner.loading import load_model
+    from zo_finetuner.tasks import get_task
+
+    if arguments["batch_size"] < 1:
+        raise InputError(f"batch_size must be at least 1, got {arguments['batch_size']}")
+    task = get_task(arguments["task"])
+    rows = load_splits(task, arguments["data"], seed=arguments["data_seed"], num_eval=arguments["num_eval"])
+    model, tokenizer = load_model(arguments["model"], arguments["dtype"])
+    encoded = encode_rows(task, rows.test, tokenizer, context_length(model))
+    values = evaluate_split(model, task, encoded, tokenizer, arguments["batch_size"], progress=True)
+    print(json.dumps(values, indent=2))
+    if arguments["output"]:
+        write_json(Path(arguments["output"]), values)
+
+
+def _demo(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.demo import run_demo
+
+    run_demo(Path(arguments["output_dir"]), seed=arguments["seed"])
+
+
+def _convert(arguments: dict[str, Any]) -> None:
+    import dataclasses
+
+    from zo_finetuner.pertnn_io import load_pertnn, save_pertnn
+
+    nets, card = load_pertnn(arguments["source"])
+    if arguments["base_model"]:
+        card = dataclasses.replace(card, base_model=arguments["base_model"])
+    save_pertnn(arguments["target"], nets, card)
+    print(f"{arguments['target']}: {len(nets.names)} nets")
+
+
+def _env(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.environment import describe
+
+    print(describe())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

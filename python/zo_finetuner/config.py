@@ -1,0 +1,160 @@
+"""One run's settings: one dataclass, filled from a YAML file and from flags, unknown keys refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.optim import METHODS
+from zo_finetuner.probing import MODES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RunConfig:
+    """Settings of `zo train`.  A flag is the field's name with dashes; a YAML key is the field's name."""
+
+    model: str = _option("", "folder of a Hugging Face model, or a Hub id")
+    task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop")
+    data: str | None = _option(None, "folder with train.jsonl and validation.jsonl, or a Hub dataset; default: the task's")
+    output_dir: str = _option("", "where the run goes")
+    optimizer: str = _option("mezo", " or ".join(METHODS))
+    pertnn: str | None = _option(None, "learned nets for zo-finetuner (.safetensors or published .pth); default: fresh")
+    steps: int = _option(1000, "number of steps")
+    batch_size: int = _option(16, "examples per micro-batch")
+    grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
+    lr: float = _option(1e-6, "learning rate")
+    eps: float = _option(1e-3, "size of the perturbation")
+    seed: int = _option(0, "seed of the directions and of the order of the rows")
+    data_seed: int = _option(0, "seed of the sample of train, dev and test rows")
+    lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
+    warmup_steps: int = _option(0, "steps of learning-rate warm-up")
+    weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
+    probing: str = _option("auto", "scratch (weights never written by a probe), inplace, or auto by dtype")
+    dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
+    lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
+    lora_alpha: int = _option(16, "LoRA's alpha")
+    num_train: int | None = _option(None, "training rows; default: the protocol's")
+    num_dev: int | None = _option(None, "dev rows, for the best checkpoint; default: the protocol's")
+    num_eval: int | None = _option(None, "test rows; default: the protocol's")
+    max_length: int = _option(2048, "longest sequence; the model's context when that is shorter")
+    eval_batch_size: int = _option(32, "sequences per evaluation batch")
+    eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
+    logging_steps: int = _option(10, "steps between logged losses")
+    report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
+    resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
+    overwrite: bool = _option(False, "replace an earlier run in output_dir")
+    save_model: bool = _option(True, "write the best weights to output_dir/model at the end")
+
+    def check(self) -> None:
+        """Raise InputError for the first setting that cannot work."""
+        for name in ("model", "task", "output_dir"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put {name}: in the config file")
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be positive and finite, got {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay must be zero or positive, got {self.weight_decay}")
+        for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_steps", "warmup_steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
+        for name, choices in (("optimizer", METHODS), ("probing", MODES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+        if self.pertnn and self.optimizer != "zo-finetuner":
+            raise InputError(f"pertnn is set, but {self.optimizer} has no nets: use --optimizer zo-finetuner")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field (booleans as --x / --no-x), and --config FILE."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
+    for option in dataclasses.fields(RunConfig):
+        flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
+        if option.default not in (None, ""):
+            text += f" (default: {option.default})"
+        if option.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, default=argparse.SUPPRESS, metavar=option.name.upper(), help=text)
+
+
+def resolve(flags: dict[str, Any]) -> RunConfig:
+    """Settings from `flags` (strings as argparse leaves them, "config" among them) over the YAML file over defaults.
+
+    Raises InputError naming the file, the key or the flag."""
+    flags = dict(flags)
+    path = flags.pop("config", None)
+    values = read_yaml(Path(path)) if path else {}
+    kinds = typing.get_type_hints(RunConfig)
+    for key in values:
+        if key not in kinds:
+            raise InputError(f'{path}: unknown key "{key}"{nearest(key, kinds)}')
+    settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
+    settings |= {k: _convert(v, kinds[k], f"--{k.replace('_', '-')}") for k, v in flags.items()}
+    config = RunConfig(**settings)
+    config.check()
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: must hold `key: value` lines, not a {type(loaded).__name__}")
+    return loaded
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """YAML reads 1e-6 as a string (YAML 1.1 wants 1.0e-6), flags are strings: both are converted here."""
+    options = [k for k in typing.get_args(kind) if k is not type(None)]
+    if options:
+        if value is None or value == "null":
+            return None
+        kind = options[0]
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+            raise ValueError
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, OverflowError):
+        names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+        raise InputError(f"{where} must be {names[kind]}, got {value!r}") from None

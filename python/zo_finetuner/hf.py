@@ -1,0 +1,95 @@
+"""Zeroth-order steps in an unmodified Hugging Face Trainer.
+
+The mixin replaces one thing: what happens with an accumulation window.  Schedules, callbacks, `report_to`,
+checkpoints, `load_best_model_at_end` and resume stay the Trainer's.  It goes over any Trainer that keeps
+`training_step` (TRL's SFTTrainer too):
+
+    class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
+
+All micro-batches of a window are evaluated under one perturbation, so 8 x 1 equals 2 x 4 examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from zo_finetuner.errors import InputError
+from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+
+Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
+
+
+class ZOTrainerMixin:
+    """Keyword arguments besides the Trainer's own:
+
+    zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.
+    objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
+        None: the Trainer's own `compute_loss`.
+    """
+
+    def __init__(self, *args: Any, zo: dict[str, Any] | None = None, objective: Objective | None = None, **kwargs):
+        self._zo_arguments = dict(zo or {})
+        self._objective = objective
+        self._window: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+        if self.args.world_size * max(1, self.args.n_gpu) > 1:
+            raise InputError("one process on one device for now: start without torchrun, and set CUDA_VISIBLE_DEVICES=0")
+
+    @property
+    def zo_optimizer(self) -> ZOOptimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        # Made here and not by the caller: only now is the model where it will be trained.
+        if self.optimizer is None:
+            batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+            arguments = {"seed": self.args.seed, "batch_size": batch} | self._zo_arguments
+            self.optimizer = create_zo_optimizer(
+                self.model if model is None else model,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                **arguments,
+            )
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._window.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        window, self._window = self._window, []
+        with self.compute_loss_context_manager():
+            self.zo_optimizer.evaluate(lambda: self._window_loss(model, window, num_items_in_batch))
+        return self.zo_optimizer.engine.last_loss.clone()
+
+    def _window_loss(self, model: nn.Module, window: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor:
+        if self._objective is not None:
+            sums, weights = zip(*(self._objective(model, batch) for batch in window), strict=True)
+            return torch.stack(sums).sum() / torch.stack(weights).sum()
+        losses = [
+            self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch).detach() for batch in window
+        ]
+        # With num_items_in_batch each loss is already divided by the whole window's number of tokens.
+        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return torch.stack(losses).sum() if divided else torch.stack(losses).mean()
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        """The log's `grad_norm` is |g|, the projected gradient."""
+        return self.zo_optimizer.engine.projected_grad.abs()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
+            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+        super().log(logs, *args, **kwargs)
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """The Trainer with zeroth-order steps: `ZOTrainer(model, args, train_dataset=..., zo={"optimizer": "mezo"})`."""

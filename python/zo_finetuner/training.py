@@ -1,0 +1,218 @@
+"""The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
+
+Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
+config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from zo_finetuner.config import RunConfig
+from zo_finetuner.curves import draw_curves
+from zo_finetuner.data import load_splits
+from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
+from zo_finetuner.errors import InputError
+from zo_finetuner.evaluation import evaluate_split
+from zo_finetuner.files import write_json, write_text
+from zo_finetuner.hf import ZOTrainerMixin
+from zo_finetuner.loading import load_model
+from zo_finetuner.objective import training_loss
+from zo_finetuner.optim import Method, make_method
+from zo_finetuner.tasks import Task, get_task
+
+logger = logging.getLogger(__name__)
+
+
+class TaskTrainer(ZOTrainerMixin, Trainer):
+    """Evaluates a task's dev rows: eval_loss is the training objective, eval_<metric> accuracy or F1."""
+
+    def __init__(self, *args: Any, task: Task, tokenizer: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._task, self._tokenizer = task, tokenizer
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
+        examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        values = evaluate_split(self.model, self._task, examples, self._tokenizer, size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if name != "n"}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
+    config.check()
+    out = Path(config.output_dir)
+    checkpoint = _check_output(out, config)
+    task = get_task(config.task)
+    rows = load_splits(
+        task, config.data, seed=config.data_seed, num_train=config.num_train, num_dev=config.num_dev,
+        num_eval=config.num_eval,
+    )
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    limit = min(config.max_length, context_length(model))
+    splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
+    method = make_method(
+        config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
+        pertnn=config.pertnn,
+    )
+
+    if config.overwrite and out.exists() and checkpoint is None:
+        _remove_run(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", config.to_yaml())
+    print(config.to_yaml(), end="", flush=True)
+
+    size = config.eval_batch_size
+    measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=True)
+    before = _saved_before(out) if checkpoint else None
+    if before is None:
+        before = measure()
+        write_json(out / "before.json", before)
+    _say("before", before, task)
+
+    trainer = _trainer(config, out, model, tokenizer, task, splits, method)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    after = measure()
+    _say("after", after, task)
+
+    engine = trainer.zo_optimizer.engine
+    _write_log(out, trainer.state.log_history)
+    result = {
+        "steps": engine.step_count,
+        "forwards": engine.step_count * engine.method.forwards,
+        "seconds": seconds,
+        "metric": task.metric,
+        "eval_loss_before": before["loss"],
+        "eval_loss_after": after["loss"],
+        "eval_metric_before": before[task.metric],
+        "eval_metric_after": after[task.metric],
+        "eval_rows": after["n"],
+        "prior_loss": prior_loss(splits["train"], splits["test"]),
+        "best_step": _best_step(trainer),
+        "best_dev_loss": trainer.state.best_metric,
+        "skipped_steps": int(engine.skipped),
+        "seed": config.seed,
+        "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
+        "config": dataclasses.asdict(config),
+    }
+    if config.save_model:
+        trainer.save_model(str(out / "model"))
+        tokenizer.save_pretrained(str(out / "model"))
+    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{config.task}, dev rows")
+    write_json(out / "result.json", result)
+    return result
+
+
+def _trainer(
+    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, task: Task, splits: dict[str, list[Encoded]],
+    method: Method,
+) -> TaskTrainer:
+    every = config.eval_steps or max(1, config.steps // 5)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the device at every step; the engine has its own
+        max_grad_norm=0.0,
+        report_to=config.report_to,
+        seed=config.seed,
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+    )
+    return TaskTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["dev"],
+        data_collator=partial(collate, pad_id=pad_token(tokenizer)),
+        task=task,
+        tokenizer=tokenizer,
+        zo={"optimizer": method, "eps": config.eps, "probing": config.probing},
+        objective=training_loss,
+    )
+
+
+def prior_loss(train: list[Encoded], test: list[Encoded]) -> float | None:
+    """Loss of always answering the training prior: -mean log p(label), p from the training rows.  None where
+    candidates differ from row to row."""
+    if train[0].kind != "classification":
+        return None
+    counts = Counter(e.labels[0] for e in train)
+    classes = range(len(train[0].sequences))
+    smoothed = {label: (counts[label] + 1e-9) / (len(train) + 1e-9 * len(classes)) for label in classes}
+    return -sum(math.log(smoothed[e.labels[0]]) for e in test) / len(test)
+
+
+def _check_output(out: Path, config: RunConfig) -> str | None:
+    """The checkpoint to resume from, if any.  Raises InputError rather than touch an earlier run."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output_dir {out}: is a file")
+    held = out.is_dir() and any((out / name).exists() for name in ("config.yaml", "result.json"))
+    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if config.resume:
+        return checkpoint
+    if (held or checkpoint) and not config.overwrite:
+        raise InputError(f"output_dir {out}: holds a run; choose another, or give --resume or --overwrite")
+    return None
+
+
+def _remove_run(out: Path) -> None:
+    """Take away an earlier run's own files, and nothing else that lies in the folder."""
+    for path in [*out.glob("checkpoint-*"), out / "model"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _saved_before(out: Path) -> dict[str, float] | None:
+    try:
+        return json.loads((out / "before.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _best_step(trainer: Trainer) -> int | None:
+    path = trainer.state.best_model_checkpoint
+    return int(path.rsplit("-", 1)[1]) if path else None
+
+
+def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
+    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+
+
+def _say(when: str, values: dict[str, float], task: Task) -> None:
+    print(f"{when}: loss {values['loss']:.4f}, {task.metric} {values[task.metric]:.3f} on {values['n']} test rows",
+          flush=True)
