@@ -1,4 +1,4 @@
-"""Files of learned optimizers: nothing in them is executed, damage ends in one line, what is saved comes back."""
+"""Files of learned optimizers: nothing is executed, damage ends in one line, what is saved comes back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import random
 import struct
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def torch_file(path: Path, content: object) -> Path:
     return path
 
 
-def torch_zip(path: Path, data: bytes, *, storages: dict[str, bytes] | None = None, byteorder: bytes = b"little",
-              compression: int = zipfile.ZIP_STORED) -> Path:
+def torch_zip(path: Path, data: bytes, *, storages: dict[str, bytes] | None = None,
+              byteorder: bytes = b"little", compression: int = zipfile.ZIP_STORED) -> Path:
     """A file laid out as torch.save does, with any bytes as its pickle."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("nets/data.pkl", data)
@@ -78,16 +79,20 @@ def storage(key: str, numel: bytes, kind: str = "FloatStorage") -> bytes:
 
 
 def view(source: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
-    hooks = word("collections", "OrderedDict") + b")R"
     sizes, strides = tuple_of(*map(integer, shape)), tuple_of(*map(integer, stride))
-    return word("torch._utils", "_rebuild_tensor_v2") + tuple_of(source, integer(offset), sizes, strides, b"\x89", hooks) + b"R"
+    arguments = tuple_of(source, integer(offset), sizes, strides, b"\x89", ORDERED_DICT + b")R")
+    return word("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+
+
+FLOAT, LINEAR = word("torch", "FloatStorage"), word("torch.nn.modules.linear", "Linear")
+ORDERED_DICT = word("collections", "OrderedDict")
 
 
 def program(body: bytes, *, protocol: int = 2) -> bytes:
     return b"\x80" + bytes([protocol]) + body + b"."
 
 
-# --- what is published, and what torch writes -------------------------------------------------------------------
+# --- what is published, and what torch writes -----------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_reads_what_torch_save_writes(tmp_path, dtype):
@@ -96,8 +101,8 @@ def test_reads_what_torch_save_writes(tmp_path, dtype):
     assert nets.names == card.names == NAMES and card.hidden == 64 and card.recipe == "paper"
     assert card.source == "published file nets.pth ('nets')" and card.noise_contract == 0
     for i, net in enumerate(networks.values()):
-        for ours, theirs in ((nets.w1[i], net[0].weight), (nets.b1[i], net[0].bias), (nets.w2[i], net[2].weight[0]),
-                             (nets.b2[i:i + 1], net[2].bias)):
+        for ours, theirs in ((nets.w1[i], net[0].weight), (nets.b1[i], net[0].bias),
+                             (nets.w2[i], net[2].weight[0]), (nets.b2[i], net[2].bias[0])):
             assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
 
 
@@ -118,30 +123,30 @@ def test_published_file_to_safetensors_bit_for_bit(shared, tmp_path, file):
     assert all(torch.equal(getattr(again, label), getattr(nets, label)) for label in LABELS)
 
 
-# --- hostile pickles --------------------------------------------------------------------------------------------
+# --- hostile pickles ------------------------------------------------------------------------------
 
 def attacks(command: str) -> dict[str, bytes]:
     """Programs that run `command` when Python unpickles them."""
-    python = f"__import__('os').system({command!r})"
+    python, call = f"__import__('os').system({command!r})", text(command) + b"\x85R"
     return {
-        "REDUCE os.system": program(word("os", "system") + text(command) + b"\x85R"),
-        "REDUCE posix.system": program(word("posix", "system") + text(command) + b"\x85R"),
+        "REDUCE os.system": program(word("os", "system") + call),
+        "REDUCE posix.system": program(word("posix", "system") + call),
         "builtins.eval": program(word("__builtin__", "eval") + text(python) + b"\x85R"),
         "builtins.exec": program(word("builtins", "exec") + text(python) + b"\x85R", protocol=3),
-        "STACK_GLOBAL": program(text("os") + text("system") + b"\x93" + text(command) + b"\x85R", protocol=4),
-        "STACK_GLOBAL in protocol 2": program(text("os") + text("system") + b"\x93" + text(command) + b"\x85R"),
+        "STACK_GLOBAL": program(text("os") + text("system") + b"\x93" + call, protocol=4),
+        "STACK_GLOBAL in protocol 2": program(text("os") + text("system") + b"\x93" + call),
         "INST": program(b"(" + text(command) + b"ios\nsystem\n"),
         "OBJ": program(b"(" + word("os", "system") + text(command) + b"o"),
-        "EXT1": program(b"\x82\xf0" + text(command) + b"\x85R"),
-        "EXT4": program(b"\x84\xf0\x00\x00\x00" + text(command) + b"\x85R"),
-        "dotted global": program(text("os") + text("path.os.system") + b"\x93" + text(command) + b"\x85R", protocol=4),
+        "EXT1": program(b"\x82\xf0" + call),
+        "EXT4": program(b"\x84\xf0\x00\x00\x00" + call),
+        "dotted global": program(text("os") + text("path.os.system") + b"\x93" + call, protocol=4),
         "call through functools": program(
             word("functools", "partial") + tuple_of(word("os", "system"), text(command)) + b"R)R"),
         "__setstate__ by BUILD": program(
             word("collections", "Counter") + b")R}" + text("__setstate__") + word("os", "system") + b"sb"
             + text(command) + b"b"),
-        "__reduce__ in a key": program(b"}" + word("os", "system") + text(command) + b"\x85RNs"),
-        "no protocol": word("os", "system") + text(command) + b"\x85R.",
+        "__reduce__ in a key": program(b"}" + word("os", "system") + call + b"Ns"),
+        "no protocol": word("os", "system") + call + b".",
     }
 
 
@@ -151,7 +156,7 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path, name):
     data = attacks(f"touch {sentinel}")[name]
     copyreg.add_extension("os", "system", 0xF0)
     try:
-        pickle.loads(data)  # the attack is live: Python's unpickler runs it, and has the extension in its cache now
+        pickle.loads(data)  # the attack is live: Python runs it (and keeps the extension in a cache now)
         assert sentinel.exists()
         sentinel.unlink()
         refused(torch_zip(tmp_path / "nets.pth", data), "nothing was executed")
@@ -188,8 +193,9 @@ def test_hostile_object_inside_a_real_file_is_named(tmp_path, hide):
 
 
 @pytest.mark.parametrize("name", [
-    "torch.load", "torch.nn.modules.activation.ReLU", "torch.storage._load_from_bytes", "torch._utils._rebuild_tensor",
-    "torch.nn.modules.linear.Linear.forward", "torch.DoubleStorage", "torch.hub.load", "numpy.load", "builtins.getattr"])
+    "torch.load", "torch.nn.modules.activation.ReLU", "torch.storage._load_from_bytes",
+    "torch._utils._rebuild_tensor", "torch.nn.modules.linear.Linear.forward", "torch.DoubleStorage",
+    "torch.hub.load", "numpy.load", "builtins.getattr"])
 def test_a_global_is_refused_by_name(tmp_path, name):
     """Also without a call, and also as a walk from an allowed name."""
     module, _, attribute = name.rpartition(".")
@@ -197,10 +203,6 @@ def test_a_global_is_refused_by_name(tmp_path, name):
     if name.startswith("torch.nn.modules.linear"):
         walk = word("torch.nn.modules.linear", "Linear.forward")
         refused(torch_zip(tmp_path / "nets.pth", program(walk)), f"asks for '{name}'")
-
-
-LINEAR = word("torch.nn.modules.linear", "Linear")
-ORDERED_DICT = word("collections", "OrderedDict")
 
 
 @pytest.mark.parametrize("body, match", [
@@ -216,7 +218,7 @@ ORDERED_DICT = word("collections", "OrderedDict")
     (word("__builtin__", "set") + b"]R", "a call of __builtin__.set"),
     (word("__builtin__", "set") + b"(Nt\x85R", "a call of __builtin__.set"),
     (text("os.system") + b")R", "a call of 'os.system'"),
-    (word("torch._utils", "_rebuild_parameter") + tuple_of(text("x"), b"\x88", b"}") + b"R", "a call of torch._utils"),
+    (word("torch._utils", "_rebuild_parameter") + tuple_of(text("x"), b"\x88", b"}") + b"R", "a call of"),
     (b"}NNs", "dictionary key None is no string"),
     (b"}" + text("a") + b"Ns" + text("a") + b"Ns", "'a' is no string, or stands twice"),
     (b"]" + text("a") + b"Ns", "a list, which is no dictionary"),
@@ -230,20 +232,27 @@ def test_malformed_programs_are_refused(tmp_path, body, match):
 
 @pytest.mark.parametrize("data", [
     b"", b"\x80", b"\x80\x02", program(b"\x85"), program(b"R"), program(b"s"), program(b"u"), program(b"t"),
-    program(b"b"), program(b"q\x00"), program(b"h\x07"), program(b"j\xff\xff\xff\xff"), b"\x80\x02X\xff\xff\xff\x7fa",
-    b"\x80\x02X\x00", b"\x80\x02ctorch", program(b"X\x01\x00\x00\x00\xff"), program(b"N")[:-1], program(b"N") + b"N",
-    program(b"\x96\xff\xff\xff\xff\xff\xff\xff\xff"), program(b"\x8b\xff\xff\xff\x7f"), program(b"I" + b"9" * 9999 + b"\n"),
-    program(b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f"), program(b"0"), program(b"Q"), program(b"P../../x\n"), b"\xff" * 64])
+    program(b"b"), program(b"q\x00"), program(b"h\x07"), program(b"j\xff\xff\xff\xff"),
+    b"\x80\x02X\xff\xff\xff\x7fa", b"\x80\x02X\x00", b"\x80\x02ctorch", program(b"X\x01\x00\x00\x00\xff"),
+    program(b"N")[:-1], program(b"N") + b"N", program(b"\x96" + b"\xff" * 8), program(b"\x95" + b"\xff" * 8),
+    program(b"\x8b\xff\xff\xff\x7f"), program(b"I" + b"9" * 9999 + b"\n"), program(b"0"), program(b"Q"),
+    program(b"P../../x\n"), b"\xff" * 64])
 def test_broken_bytes_are_refused(tmp_path, data):
     refused(torch_zip(tmp_path / "nets.pth", data), "refused, nothing was executed")
 
 
+@pytest.mark.parametrize("body", [
+    b"X\xff\xff\xff\x7fabc", b"X\x04\x00\x00\x00abc", b"ctorch", b"ctorch\nload", b"J\x00"])
+def test_arguments_that_run_past_the_end_are_refused_there(tmp_path, body):
+    refused(torch_zip(tmp_path / "nets.pth", b"\x80\x02" + body), r"damaged at byte \d of \d+; refused")
+
+
 def test_depth_width_and_doubling_end_in_a_refusal(tmp_path, monkeypatch):
-    """The first two crash (C stack) and hang (2^200 hashes) Python's unpickler, whatever its find_class allows."""
+    """The first crashes Python's unpickler (C stack), the second hangs it (2^200 hashes)."""
     path = tmp_path / "nets.pth"
-    refused(torch_zip(path, program(b"})" + b"\x85" * 1_500_000 + b"Ns")), "dictionary key a tuple is no string")
-    refused(torch_zip(path, program(b"})" + b"q\x00h\x00\x86" * 200 + b"Ns")), "dictionary key a tuple is no string")
-    refused(torch_zip(path, program(b")" + b"\x85" * 1_500_000)), "holds a tuple, not a dictionary")
+    refused(torch_zip(path, program(b"})" + b"\x85" * 400_000 + b"Ns")), "dictionary key a tuple is no")
+    refused(torch_zip(path, program(b"})" + b"q\x00h\x00\x86" * 200 + b"Ns")), "dictionary key a tuple is no")
+    refused(torch_zip(path, program(b")" + b"\x85" * 400_000)), "holds a tuple, not a dictionary")
     refused(torch_zip(path, program(b"}q\x00" + text("a") + b"h\x00s")), "network a is a dict")
     refused(torch_zip(path, program(b"}r\xff\xff\xff\xff")), "holds a dict, not a dictionary of networks")
     refused(torch_zip(path, program(b"N" * 40_000)), "more than 32768 values on the stack")
@@ -251,22 +260,23 @@ def test_depth_width_and_doubling_end_in_a_refusal(tmp_path, monkeypatch):
     refused(torch_zip(path, program(b"N" + b"q\x00" * 1001)), "more than 1000 opcodes")
 
 
-# --- storages and views -----------------------------------------------------------------------------------------
+# --- storages and views ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("key", ["../byteorder", "../../../etc/passwd", "/etc/passwd", "0/../0", "", "0\n", "-1", "٣"])
+@pytest.mark.parametrize("key", ["../byteorder", "../../etc/passwd", "/etc/passwd", "0/../0", "", "0\n", "٣"])
 def test_storage_keys_are_numbers_only(tmp_path, key):
-    refused(torch_zip(tmp_path / "nets.pth", program(storage(key, integer(1)))), "a storage .* nothing was executed")
+    path = torch_zip(tmp_path / "nets.pth", program(storage(key, integer(1))), storages={key: bytes(4)})
+    refused(path, "a storage .* nothing was executed")
 
 
 @pytest.mark.parametrize("identity, match", [
     (text("storage"), "the persistent id 'storage' is no storage"),
     (tuple_of(text("module"), LINEAR, text("x.py"), text("import os")), "the persistent id a tuple"),
     (tuple_of(text("storage"), LINEAR, text("0"), text("cpu"), integer(1)), "a storage '0' of torch.nn"),
-    (tuple_of(text("storage"), text("FloatStorage"), text("0"), text("cpu"), integer(1)), "of 'FloatStorage' with 1"),
-    (tuple_of(text("storage"), word("torch", "FloatStorage"), integer(0), text("cpu"), integer(1)), "a storage 0 of"),
-    (tuple_of(text("storage"), word("torch", "FloatStorage"), text("0"), text("cpu"), integer(-1)), "with -1 elements"),
-    (tuple_of(text("storage"), word("torch", "FloatStorage"), text("0"), text("cpu"), b"\x88"), "with True elements"),
-    (tuple_of(text("storage"), word("torch", "FloatStorage"), text("0"), text("cpu"), integer(2**31 - 1)), "2147483647"),
+    (tuple_of(text("storage"), text("FloatStorage"), text("0"), text("cpu"), integer(1)), "'FloatStorage'"),
+    (tuple_of(text("storage"), FLOAT, integer(0), text("cpu"), integer(1)), "a storage 0 of"),
+    (tuple_of(text("storage"), FLOAT, text("0"), text("cpu"), integer(-1)), "with -1 elements"),
+    (tuple_of(text("storage"), FLOAT, text("0"), text("cpu"), b"\x88"), "with True elements"),
+    (tuple_of(text("storage"), FLOAT, text("0"), text("cpu"), integer(2**31 - 1)), "with 2147483647 "),
 ])
 def test_malformed_persistent_ids_are_refused(tmp_path, identity, match):
     path = torch_zip(tmp_path / "nets.pth", program(identity + b"Q"), storages={"0": bytes(4)})
@@ -274,27 +284,32 @@ def test_malformed_persistent_ids_are_refused(tmp_path, identity, match):
 
 
 def test_storages_that_lie_about_their_size(tmp_path):
-    path = tmp_path / "nets.pth"
-    refused(torch_zip(path, program(storage("0", integer(321))), storages={"0": bytes(1280)}), "data/0 has 1280 bytes, not 1284")
-    refused(torch_zip(path, program(storage("0", integer(320), "HalfStorage")), storages={"0": bytes(1280)}), "not 640")
-    refused(torch_zip(path, program(storage("1", integer(320))), storages={"0": bytes(1280)}), "data/1 is missing")
+    path, content = tmp_path / "nets.pth", {"0": bytes(1280)}
+    longer = program(storage("0", integer(321)))
+    refused(torch_zip(path, longer, storages=content), "data/0 has 1280 bytes, not 1284")
+    half = program(storage("0", integer(320), "HalfStorage"))
+    refused(torch_zip(path, half, storages=content), "data/0 has 1280 bytes, not 640")
+    refused(torch_zip(path, program(storage("1", integer(320))), storages=content), "data/1 is missing")
     twice = storage("0", integer(4)) + storage("0", integer(8), "HalfStorage") + b"\x86"
     refused(torch_zip(path, program(twice), storages={"0": bytes(16)}), "storage 0 is claimed twice")
 
 
 @pytest.mark.parametrize("offset, shape, stride", [
-    (1, (64, 5), (5, 1)), (320, (1,), (1,)), (0, (65, 5), (5, 1)), (0, (64, 5), (6, 1)), (0, (2, 2), (319, 1)),
-    (-1, (64, 5), (5, 1)), (0, (64, 5), (-5, 1)), (0, (-64, 5), (5, 1)), (0, (64, 5), (5,)), (0, (1000, 1000), (0, 0)),
-    (0, (0,), (1,)), (2**31 - 1, (1,), (1,)), (0, (2**24, 2**24), (2**24, 2**24)), (0, (1, 1, 1, 1, 1), (1, 1, 1, 1, 1))])
+    (1, (64, 5), (5, 1)), (320, (1,), (1,)), (0, (65, 5), (5, 1)), (0, (64, 5), (6, 1)), (0, (0,), (1,)),
+    (0, (2, 2), (319, 1)), (-1, (64, 5), (5, 1)), (0, (64, 5), (-5, 1)), (0, (-64, 5), (5, 1)),
+    (0, (64, 5), (5,)), (0, (1000, 1000), (0, 0)), (2**31 - 1, (1,), (1,)), (0, (1,) * 5, (1,) * 5),
+    (0, (2**24, 2**24), (2**24, 2**24))])
 def test_views_outside_their_storage_are_refused(tmp_path, offset, shape, stride):
     body = view(storage("0", integer(320)), offset, shape, stride)
-    refused(torch_zip(tmp_path / "nets.pth", program(body), storages={"0": bytes(1280)}), "a tensor .* nothing was executed")
+    path = torch_zip(tmp_path / "nets.pth", program(body), storages={"0": bytes(1280)})
+    refused(path, "a tensor .* nothing was executed")
 
 
 def test_views_inside_their_storage_are_read_right(tmp_path):
     """Bounds are exact: the last element may be the last one of the storage."""
     values = torch.arange(320, dtype=torch.float32)
-    body = b"(" + view(storage("0", integer(320)), 10, (31, 10), (10, 1)) + view(storage("0", integer(320)), 319, (1,), (7,)) + b"t"
+    source = storage("0", integer(320))
+    body = tuple_of(view(source, 10, (31, 10), (10, 1)), view(source, 319, (1,), (7,)))
     path = torch_zip(tmp_path / "nets.pth", program(body), storages={"0": values.numpy().tobytes()})
     (matrix, last), folder = restricted_pickle.read_torch_file(path)
     assert torch.equal(matrix, values[10:].reshape(31, 10)) and last.tolist() == [319.0] and folder == "nets"
@@ -308,7 +323,7 @@ def test_networks_that_share_one_storage_cannot_multiply_it(tmp_path, monkeypatc
     refused(path, "50 networks of 64 hidden units are too many")
 
 
-# --- the zip around it ------------------------------------------------------------------------------------------
+# --- the zip around it ----------------------------------------------------------------------------
 
 def test_other_files_and_damaged_zips(tmp_path, monkeypatch):
     path = tmp_path / "nets.pth"
@@ -327,8 +342,8 @@ def test_other_files_and_damaged_zips(tmp_path, monkeypatch):
         archive.writestr("b/data.pkl", program(b"}"))
     refused(path, "2 entries <folder>/data.pkl")
     refused(torch_zip(path, program(b"}"), byteorder=b"big"), "byte order 'big', only 'little' is read")
-    refused(torch_zip(path, program(b"}" * 9999), compression=zipfile.ZIP_DEFLATED), "data.pkl|byteorder is compressed")
-    refused(torch_zip(path, bytes(restricted_pickle.MAX_PICKLE + 1)), "data.pkl is compressed, or larger than 8388608")
+    refused(torch_zip(path, program(b"}" * 9999), compression=zipfile.ZIP_DEFLATED), "is compressed")
+    refused(torch_zip(path, bytes(restricted_pickle.MAX_PICKLE + 1)), "data.pkl is .* larger than 8388608")
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("nets/data.pkl", program(b"}"))
@@ -362,7 +377,7 @@ def test_any_cut_is_refused(tmp_path):
 
 
 def test_fuzzed_pickles_load_or_are_refused(tmp_path):
-    """400 pickles with 1 to 4 random bytes each: no other exception, no crash. Some are harmless (a hook flag)."""
+    """400 pickles with 1 to 4 random bytes each end in no other way. Some changes are harmless (a flag)."""
     source = torch_file(tmp_path / "whole.pth", {name: network(hidden=4) for name in NAMES[:2]})
     with zipfile.ZipFile(source) as archive:
         data = archive.read("whole/data.pkl")
@@ -382,29 +397,29 @@ def test_fuzzed_pickles_load_or_are_refused(tmp_path):
     assert outcomes.count("refused") > 200 and outcomes.count("loaded") > 5
 
 
-# --- other networks ---------------------------------------------------------------------------------------------
+# --- other networks -------------------------------------------------------------------------------
 
 def relu() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 1))
 
 
 @pytest.mark.parametrize("make, match", [
-    (lambda: {NAMES[0]: network(inputs=3)}, r"embed_tokens.weight is \(Linear\(3, 64\), Tanh, Linear\(64, 1\)\)"),
+    (lambda: {NAMES[0]: network(inputs=3)}, r"tokens.weight is \(Linear\(3, 64\), Tanh, Linear\(64, 1\)"),
     (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 2))}, r"Linear\(64, 2\)\)"),
     (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(32, 1))}, r"Linear\(32, 1\)\)"),
     (lambda: {NAMES[0]: nn.Sequential(*network(), nn.Tanh())}, r"Linear\(64, 1\), Tanh\); a PertNN is"),
     (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 1))}, r"is \(Linear\(5, 1\)\); a PertNN"),
     (lambda: {NAMES[0]: nn.Sequential()}, r"is \(\); a PertNN"),
-    (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 64), nn.Linear(64, 64), nn.Linear(64, 1))}, r"\), Linear\(64, 64\)"),
-    (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 64, bias=False), nn.Tanh(), nn.Linear(64, 1))}, "and bias None"),
+    (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 9), nn.Linear(9, 1))}, r"Linear\(6, 9\)"),
+    (lambda: {NAMES[0]: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 1))}, "bias None"),
     (lambda: {NAMES[0]: nn.Linear(5, 1)}, "is a Linear, not a Sequential"),
     (lambda: {NAMES[0]: torch.zeros(3)}, r"is a tensor of shape \(3,\), not a Sequential"),
     (lambda: {NAMES[0]: relu()}, "'torch.nn.modules.activation.ReLU', and only Linear, Tanh and Sequential"),
     (lambda: {NAMES[0]: network().double()}, "'torch.DoubleStorage'"),
     (lambda: network().state_dict(), "a BUILD of a dict"),
     (lambda: network(), "holds a Sequential, not a dictionary"),
-    (lambda: {}, "holds a dict, not a dictionary of networks"),
-    (lambda: {NAMES[0]: network(), NAMES[1]: network(hidden=32)}, "q_proj.weight has 32 hidden units, the first has 64"),
+    (dict, "holds a dict, not a dictionary of networks"),
+    (lambda: {NAMES[0]: network(), NAMES[1]: network(hidden=32)}, "q_proj.weight has 32 hidden units, the"),
     (lambda: {"a\nb": network()}, r"'a\\nb' is no name"),
     (lambda: {"": network()}, "'' is no name"),
 ])
@@ -421,7 +436,7 @@ def test_non_finite_weights_are_refused_by_name(tmp_path, value, place):
             r"weights in the network of model.layers.0.q_proj.weight \(1 of 3 networks\)")
 
 
-# --- safetensors ------------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 CARD = Card(source="fresh, seed 3", base_model="a/b", base_fingerprint="blake2s:00", tasks=("sst2", "copa"),
             metrics={"loss": 0.1, "note": "größer", "steps": 20})
@@ -448,11 +463,12 @@ def test_round_trip_and_readable_card(tmp_path):
     again, card = load_pertnn(str(path))
     assert all(torch.equal(getattr(again, label), getattr(nets, label)) for label in LABELS)
     assert again.names == card.names == NAMES and again.source == str(path)
-    assert (card.source, card.base_model, card.tasks, card.metrics) == (CARD.source, "a/b", CARD.tasks, CARD.metrics)
+    assert card == replace(CARD, names=NAMES)
     with safe_open(path, "pt") as file:
         written = json.loads(file.metadata()[METADATA_KEY])
     assert written["format_version"] == 1 and written["names"] == list(NAMES) and written["hidden"] == 64
-    assert written["inputs"][0] == "mean" and written["noise_contract"] == 1 and written["metrics"]["note"] == "größer"
+    assert written["inputs"][0] == "mean" and written["noise_contract"] == 1
+    assert written["metrics"] == {"loss": 0.1, "note": "größer", "steps": 20}
     first = path.read_bytes()
     save_pertnn(path, again, card)
     assert path.read_bytes() == first
@@ -480,15 +496,16 @@ def test_round_trip_and_readable_card(tmp_path):
     ({"tensors": {"b2": torch.zeros(3, dtype=torch.float16)}}, "F16"),
     ({"tensors": {"w3": torch.zeros(3)}}, "w3"),
     ({"tensors": {"b2": torch.tensor([0.0, float("nan"), 1.0])}}, "network of model.layers.0.q_proj.weight"),
-    ({"names": [], "tensors": {"w1": torch.zeros(0, 64, 5), "b1": torch.zeros(0, 64), "w2": torch.zeros(0, 64),
-                               "b2": torch.zeros(0)}}, "0 networks of 64 hidden units"),
+    ({"names": [], "tensors": {"w1": torch.zeros(0, 64, 5), "b1": torch.zeros(0, 64),
+                               "w2": torch.zeros(0, 64), "b2": torch.zeros(0)}}, "0 networks of 64"),
 ])
 def test_cards_and_tensors_that_do_not_fit_are_refused(tmp_path, changes, match):
     path, _ = saved(tmp_path)
     refused(rewritten(path, **changes), match)
 
 
-@pytest.mark.parametrize("card", ["", "[]", "{}", "{", "[" * 100_000, '{"format_version": ' + "9" * 9999 + "}", "null"])
+@pytest.mark.parametrize("card", [
+    "", "[]", "{}", "{", "null", "[" * 100_000, '{"format_version": ' + "9" * 9999 + "}"])
 def test_cards_that_are_no_card(tmp_path, card):
     path = tmp_path / "nets.safetensors"
     save_file({"w1": torch.zeros(1)}, path, metadata={METADATA_KEY: card})
@@ -509,10 +526,11 @@ def test_safetensors_without_card_or_cut(tmp_path):
 
 
 @pytest.mark.parametrize("function, error, raised", [
-    ("replace", OSError(28, "No space left on device"), InputError), ("fsync", OSError(5, "I/O error"), InputError),
+    ("replace", OSError(28, "No space left on device"), InputError),
+    ("fsync", OSError(5, "I/O error"), InputError),
     ("fsync", KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error, raised):
-    path, nets = saved(tmp_path)
+    path, _ = saved(tmp_path)
     before = path.read_bytes()
 
     def fail(*_):
@@ -530,7 +548,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     ("missing/nets.safetensors", CARD, None, "there is no folder"),
     ("nets.safetensors", Card(source="x", metrics={"loss": float("nan")}), None, "the card is no JSON"),
     ("nets.safetensors", Card(source="x", metrics={"loss": torch.ones(1)}), None, "the card is no JSON"),
-    ("nets.safetensors", Card(source="x", recipe="papers"), None, r"recipe 'papers' \(did you mean .paper.\?\)"),
+    ("nets.safetensors", Card(source="x", recipe="papers"), None, r"recipe 'papers' \(did you mean .paper."),
     ("nets.safetensors", Card(source="x", format_version=2), None, '"format_version" 2'),
     ("nets.safetensors", CARD, float("nan"), "NaN or infinite weights in the network of model.norm.weight"),
 ])

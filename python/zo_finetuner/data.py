@@ -110,7 +110,7 @@ def _fault(name: str, value: Any, kind: Any) -> str | None:
     if isinstance(kind, tuple):
         meaning = ", ".join(f"{i} ({word})" for i, word in enumerate(kind))
         if value is None or (type(value) is int and value == -1):
-            return f'field "{name}" is {_show(value)}, so the row has no label; fill in {meaning}, or leave it out'
+            return f'field "{name}" is {_show(value)}: no label; write {meaning}, or leave the row out'
         good, wanted = type(value) is int and 0 <= value < len(kind), meaning
     elif isinstance(kind, frozenset):
         good = isinstance(value, str) and value in kind
@@ -167,9 +167,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{place}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; save the file as UTF-8"
-            ) from None
+            fault = f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8"
+            raise InputError(f"{place}: {fault}; save the file as UTF-8") from None
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:

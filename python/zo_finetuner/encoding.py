@@ -93,8 +93,13 @@ def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Enco
 
 
 def encode_rows(task: Task, rows: Iterable[Row], tokenizer: Any, max_length: int = 2048) -> list[Encoded]:
-    """`encode` every row; one warning counts the rows that were truncated."""
-    encodeds = [encode(task, row, tokenizer, max_length) for row in rows]
+    """`encode` every row; one warning counts the rows that were truncated. Errors name the row, from 0."""
+    encodeds = []
+    for i, row in enumerate(rows):
+        try:
+            encodeds.append(encode(task, row, tokenizer, max_length))
+        except InputError as error:
+            raise InputError(f"row {i} (from 0): {error}") from None
     cuts = [e.cut for e in encodeds if e.cut]
     if cuts:
         warnings.warn(

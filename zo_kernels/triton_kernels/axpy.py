@@ -1,8 +1,8 @@
-"""theta_b = round(decay * theta_b + sum_k coef_k * scale_b * z_kb) for all tensors of a model in one launch per
-(dtype, layout) group.  One program per chunk: a row of the chunk table says which tensor and where in it.
+"""theta_b = round(decay * theta_b + sum_k coef_k * scale_b * z_kb) for every tensor b of a model, in place.
 
-Bytes moved per element of a 16-bit tensor: 4, whatever the number of directions.  Every number that a step changes
-(seeds, coefficients, scales, decay) is read from device memory, so that nothing recompiles.
+One launch covers all tensors of a (dtype, layout): each program takes one chunk, and its row of the chunk table
+says which tensor that is and where in it.  Bytes moved per element of a 16-bit tensor: 4, for any number of
+directions.  Whatever changes from step to step is read from device memory, so that nothing recompiles.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _RUNTIME = ["chunk_block", "chunk_start", "address", "numel", "offset", "tensor_
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def axpy_kernel(
-    chunk_block,  # int32 (chunks,): row of the block arrays
-    chunk_start,  # int64 (chunks,): element of the tensor that the chunk's first lane stands for
+    chunk_block,  # int32 (chunks,): which block
+    chunk_start,  # int64 (chunks,): the chunk's first element in it; above -128, see `masked_span`
     address,  # int64 (blocks,): data_ptr
     numel,  # int64 (blocks,)
     offset,  # int64 (blocks,): global index of element 0
     tensor_id,  # int64 (blocks,)
-    shape,  # int64 (blocks, DIMS)
-    stride,  # int64 (blocks, DIMS), elements
+    shape,  # int64 (blocks, DIMS) or None
+    stride,  # int64 (blocks, DIMS) or None: in elements
     scale,  # fp32 (blocks,) or None
     seeds,  # int64 (count,)
     coefs,  # fp32 (count,)
@@ -35,9 +35,8 @@ def axpy_kernel(
     DTYPE: tl.constexpr,
     CHUNK: tl.constexpr,  # chunks are cut at multiples of CHUNK in the global index
     BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,  # directions held in registers
-    MORE: tl.constexpr,  # whether count > COUNT
-    RADEMACHER: tl.constexpr,
+    COUNT: tl.constexpr,  # `count` where the directions fit in registers, else 0
+    SIGNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     DIMS: tl.constexpr,
 ):
@@ -49,15 +48,16 @@ def axpy_kernel(
     theta = tl.load(address + block).to(tl.pointer_type(DTYPE))
     name = tl.load(tensor_id + block)
     sigma = 1.0 if scale is None else tl.load(scale + block)
-    shrink = None if decay is None else tl.load(decay)
-    rounding = None if rounding_seed is None else tl.load(rounding_seed)
-    pairs = load_directions(seeds, coefs, sigma, COUNT)
-    more = (seeds, coefs, count, sigma) if MORE else None
+    shrink = () if decay is None else (tl.load(decay),)
+    rounding = () if rounding_seed is None else (tl.load(rounding_seed),)
+    directions = load_directions(seeds, coefs, sigma, count, COUNT)
+    change = (name, directions, shrink, rounding)
     if ALIGNED:
-        theta = theta + tl.multiple_of(start, 128)
-        theta = tl.multiple_of(theta, 16)
-        span(theta, theta, first, left, name, pairs, more, shrink, rounding, DTYPE, BLOCK, COUNT, RADEMACHER)
+        theta = tl.multiple_of(theta + start, 16)
+        span(theta, theta, first, left, change, BLOCK, COUNT, SIGNS)
     else:
+        if DIMS > 0:
+            shape += block * DIMS
+            stride += block * DIMS
         skip = tl.maximum(-start, 0).to(tl.int32)
-        masked_span(theta, theta, start, first, skip, left, shape + block * DIMS, stride + block * DIMS, name, pairs,
-                    more, shrink, rounding, DTYPE, BLOCK, COUNT, RADEMACHER, DIMS)  # fmt: skip
+        masked_span(theta, theta, start, first, skip, left, shape, stride, change, BLOCK, COUNT, SIGNS, DIMS)

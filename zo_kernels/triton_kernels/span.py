@@ -1,10 +1,14 @@
 """The walk that the kernels share: a span of consecutive elements of one tensor,
 
-    target = round(decay * source + sum_k step_k * z_k),   acc = fma(step_k, z_k, acc) in fp32, in order of k
+    target = round(decay * source + sum_k step_k * z_k)
 
-`span` is for contiguous tensors on 16-byte boundaries: its body has no masks, so that every thread moves 16 bytes at
-a time (a mask whose bound is unknown makes that sixteen accesses of 2 bytes); only the tail is masked.  `masked_span`
-takes the rest.  Both call `_advance`, which makes them bit-identical.
+with acc = fma(step_k, z_k, acc) in fp32, in order of k.  `span` is for contiguous tensors on 16-byte boundaries:
+its body has no masks, so that every thread moves 16 bytes at a time (a mask with an unknown bound makes that eight
+accesses of 2 bytes); only the tail is masked.  `masked_span` takes the rest.  Both call `_advance`, which makes
+them bit-identical.
+
+change, in all of them: (tensor id, directions of `load_directions`, decay, rounding); decay and rounding are tuples
+of one value, or empty: no decay, and rounding to nearest instead of by that seed.
 """
 
 from __future__ import annotations
@@ -13,64 +17,66 @@ import triton
 import triton.language as tl
 
 from zo_kernels.triton_kernels.noise import direction, rounding_bits
-from zo_kernels.triton_kernels.rounding import nearest, stochastic
+from zo_kernels.triton_kernels.rounding import nearest, stochastic, widen
 
 
 @triton.jit
-def load_directions(seeds, coefs, scale, COUNT: tl.constexpr):
-    """((seed, step), ...) of the first COUNT directions, step = fl32(coef * scale): read once, before the walk."""
-    pairs = ()
-    for k in tl.static_range(COUNT):
-        pairs = pairs + ((tl.load(seeds + k), tl.load(coefs + k) * scale),)
-    return pairs
+def load_directions(seeds, coefs, scale, count, COUNT: tl.constexpr):
+    """The directions as `_advance` takes them.  COUNT > 0: COUNT pairs (seed, step), step = fl32(coef * scale),
+    read once, before the walk.  COUNT = 0: any number `count`, read again for every tile."""
+    if COUNT > 0:
+        pairs = ()
+        for k in tl.static_range(COUNT):
+            pairs = pairs + ((tl.load(seeds + k), tl.load(coefs + k) * scale),)
+        return pairs
+    else:
+        return (seeds, coefs, scale, count)
 
 
 @triton.jit
-def _advance(x, first, i, tensor_id, pairs, more, decay, rounding_seed,
-             DTYPE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, RADEMACHER: tl.constexpr):  # fmt: skip
-    """The new values of a tile; x: its old ones, first: the global index of its first element.
-
-    pairs: COUNT directions in registers; more: (seeds, coefs, count, scale), directions COUNT .. count in memory."""
-    acc = x.to(tl.float32)
-    if decay is not None:
-        acc = acc * decay
-    for k in tl.static_range(COUNT):
-        z = direction(first, i, pairs[k][0], tensor_id, BLOCK, RADEMACHER)
-        acc = tl.fma(pairs[k][1], z, acc)
-    if more is not None:
-        for k in range(COUNT, more[2]):
-            z = direction(first, i, tl.load(more[0] + k), tensor_id, BLOCK, RADEMACHER)
-            acc = tl.fma(tl.load(more[1] + k) * more[3], z, acc)
-    if rounding_seed is None:
+def _advance(
+    x, first, i, change, DTYPE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr
+):
+    """The new values of the tile at global index first + i, whose old values are x."""
+    tensor_id, directions, decay, rounding = change
+    acc = widen(x)
+    for d in tl.static_range(len(decay)):
+        acc = acc * decay[d]
+    if COUNT > 0:
+        for k in tl.static_range(COUNT):
+            z = direction(first, i, directions[k][0], tensor_id, BLOCK, SIGNS)
+            acc = tl.fma(directions[k][1], z, acc)
+    else:
+        seeds, coefs, scale, count = directions
+        for k in range(count):
+            z = direction(first, i, tl.load(seeds + k), tensor_id, BLOCK, SIGNS)
+            acc = tl.fma(tl.load(coefs + k) * scale, z, acc)
+    if len(rounding) == 0:
         return nearest(acc, DTYPE)
     else:
-        return stochastic(acc, rounding_bits(first, i, rounding_seed, tensor_id, BLOCK), DTYPE)
+        return stochastic(acc, rounding_bits(first, i, rounding[0], tensor_id, BLOCK), DTYPE)
 
 
 @triton.jit
-def span(source, target, first, left, tensor_id, pairs, more, decay, rounding_seed,
-         DTYPE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, RADEMACHER: tl.constexpr):  # fmt: skip
-    """source, target: pointers to the span's first element, 16-byte aligned; first: its global index, a multiple
-    of 128; left: elements in the span (int32)."""
-    source = tl.multiple_of(source, 16)
-    target = tl.multiple_of(target, 16)
+def span(source, target, first, left, change, BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr):
+    """source, target: pointers to the first element, hinted (`tl.multiple_of` by the caller: on an argument it has
+    no effect) to be multiples of 16; first: its global index (int64), a multiple of 128; left: how many (int32)."""
+    DTYPE: tl.constexpr = target.dtype.element_ty
     whole = left // BLOCK * BLOCK
     for i in range(0, whole, BLOCK):
         off = i + tl.arange(0, BLOCK)
-        new = _advance(tl.load(source + off), first, i, tensor_id, pairs, more, decay, rounding_seed,
-                       DTYPE, BLOCK, COUNT, RADEMACHER)  # fmt: skip
+        new = _advance(tl.load(source + off), first, i, change, DTYPE, BLOCK, COUNT, SIGNS)
         tl.store(target + off, new)
     if whole < left:
         off = whole + tl.arange(0, BLOCK)
-        inside = off < left
-        new = _advance(tl.load(source + off, mask=inside, other=0.0), first, whole, tensor_id, pairs, more, decay,
-                       rounding_seed, DTYPE, BLOCK, COUNT, RADEMACHER)  # fmt: skip
-        tl.store(target + off, new, mask=inside)
+        old = tl.load(source + off, mask=off < left, other=0.0)
+        new = _advance(old, first, whole, change, DTYPE, BLOCK, COUNT, SIGNS)
+        tl.store(target + off, new, mask=off < left)
 
 
 @triton.jit
 def _place(element, shape, stride, DIMS: tl.constexpr):
-    """Storage offset of an element index of a strided tensor; DIMS = 0 is a contiguous one."""
+    """Storage offset of an element of a strided tensor of DIMS dimensions, of a contiguous one for DIMS = 0."""
     if DIMS == 0:
         return element
     else:
@@ -83,16 +89,17 @@ def _place(element, shape, stride, DIMS: tl.constexpr):
 
 
 @triton.jit
-def masked_span(source, target, start, first, skip, left, shape, stride, tensor_id, pairs, more, decay, rounding_seed,
-                DTYPE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, RADEMACHER: tl.constexpr,
-                DIMS: tl.constexpr):  # fmt: skip
-    """Any alignment and strides.  source, target: pointers to the tensor's element 0; start: the element (int64, may
-    be negative) that lane 0 stands for, first: its global index, a multiple of 128; lanes skip .. left are in the
-    span."""
+def masked_span(
+    source, target, start, first, skip, left, shape, stride, change,
+    BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Any alignment and strides: lanes skip .. left of a walk whose lane 0 is element `start` (it may be negative)
+    of the tensors at `source` and `target`, and has the global index `first`, a multiple of 128."""
+    DTYPE: tl.constexpr = target.dtype.element_ty
     for i in range(0, left, BLOCK):
         off = i + tl.arange(0, BLOCK)
         inside = (off >= skip) & (off < left)
         place = _place(start + off, shape, stride, DIMS)
-        new = _advance(tl.load(source + place, mask=inside, other=0.0), first, i, tensor_id, pairs, more, decay,
-                       rounding_seed, DTYPE, BLOCK, COUNT, RADEMACHER)  # fmt: skip
+        old = tl.load(source + place, mask=inside, other=0.0)
+        new = _advance(old, first, i, change, DTYPE, BLOCK, COUNT, SIGNS)
         tl.store(target + place, new, mask=inside)
