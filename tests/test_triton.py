@@ -1,5 +1,5 @@
-"""The Triton backend against the reference: in Triton's interpreter on any machine, and compiled where there is a
-GPU.  The interpreter pays per program (30 ms each), so sizes are small and BLOCK decides the cost."""
+"""The Triton backend against the reference: in Triton's interpreter on any machine, and compiled where there
+is a GPU.  The interpreter pays per program (30 ms each), so sizes are small and BLOCK decides the cost."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NUMPY = tuple(int(part) for part in numpy.__version__.split(".")[:2])
 def interpreted():
     """The backend as the interpreter runs it: a second import of its modules, under other decorators.
 
-    The copies leave `sys.modules` again and no environment variable stays set, so that test files which compile
-    the same kernels can run in this process, before or after."""
+    The copies leave `sys.modules` again and no environment variable stays set, so that test files which
+    compile the same kernels can run in this process, before or after."""
     if triton.__version__.startswith("3.6.") and NUMPY >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     ours = ("zo_kernels.triton_kernels", "zo_kernels.backends.triton")
@@ -51,14 +51,12 @@ def interpreted():
     return backend
 
 
-@pytest.fixture(params=["interpreter", "cuda"])
+@pytest.fixture(params=["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"])
 def target(request):
     """(backend, device, budget): budget(r) is the contract's bound on the error of a normal of radius r."""
     if request.param == "interpreter":
         backend, device = request.getfixturevalue("interpreted"), torch.device("cpu")
         return SimpleNamespace(backend=backend, device=device, budget=lambda r: 1e-6 + 2e-6 * r)
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: the compiled kernels are only checked by test_sass.py")
     backend, device = importlib.import_module("zo_kernels.backends.triton"), torch.device("cuda", 0)
     return SimpleNamespace(
         backend=backend, device=device, budget=lambda r: 1e-6 + 2e-6 * r + (4e-7 / r).clamp(max=6e-4)
@@ -105,7 +103,7 @@ def updated(module, tensors, coefs, dist, *, decay=None, rounding=None, offsets=
 
 
 def assert_within(actual, expected, error):
-    """fp32: within `error` and a rounding; 16 bits: a rounding may fall the other way, in 1 of 100 elements."""
+    """fp32: within `error` and a rounding; 16 bits: one element in 100 may be rounded the other way."""
     if actual.dtype == torch.float32:
         assert ((actual - expected).abs() <= error + ulp(expected, torch.float32)).all()
     else:
@@ -173,7 +171,9 @@ def test_normals_are_within_the_budget(target, start):
 
 @pytest.mark.parametrize("rounding", [None, 2**63 + 11], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize(
-    ("coefs", "decay"), [([1e-3], None), ([1e-3, -3e-2], 0.99), ([1e-3, 2e-3, -1e-2], None)], ids=["1", "2", "any"]
+    ("coefs", "decay"),
+    [([1e-3], None), ([1e-3, -3e-2], 0.99), ([1e-3, 2e-3, -1e-2], None)],
+    ids=["1", "2", "any"],
 )
 @pytest.mark.parametrize("dist", ["rademacher", "normal"])
 def test_axpy_equals_the_reference(target, coefs, decay, rounding, dist):
@@ -253,15 +253,19 @@ def test_all_forms_give_the_same_bits(target, monkeypatch, rounding):
 @pytest.mark.parametrize("rounding", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_extreme_values_round_as_in_the_reference(target, dtype, rounding):
-    """Subnormals, the binade borders, the largest finite values; nothing finite becomes NaN, no NaN becomes 0."""
+    """Subnormals, the binade borders, the largest finite values, infinity."""
     tiny, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
-    edges = torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2, tiny, -tiny, largest, -largest, math.inf, -math.inf])
+    edges = torch.tensor(
+        [0.0, -0.0, tiny / 2, -tiny / 2, tiny, -tiny, largest, -largest, math.inf, -math.inf]
+    )
     spread = tiny * torch.exp2(torch.linspace(-12, 2, 700))
     for coef in (tiny / 16, tiny, largest / 300, math.inf):
         values = torch.cat([edges.repeat(20), spread, -spread]).to(dtype)
         expected = updated(reference, [values.clone()], [coef], "rademacher", rounding=rounding)[0]
         with numpy.errstate(all="ignore"):  # the interpreter's overflows
-            actual = updated(target.backend, [values.to(target.device)], [coef], "rademacher", rounding=rounding)[0]
+            actual = updated(
+                target.backend, [values.to(target.device)], [coef], "rademacher", rounding=rounding
+            )[0]
         assert torch.equal(actual.isnan(), expected.isnan())
         assert torch.equal(actual[~actual.isnan()], expected[~actual.isnan()])
 
@@ -314,7 +318,7 @@ def test_scratch_equals_the_reference(target, dtype, nearest_above):
 
 @pytest.mark.parametrize("shape", [(16, 128), (10, 384), (16, 33), (50,), (50, 3, 7)], ids=str)
 def test_scratch_of_rows_is_a_part_of_the_whole(target, monkeypatch, shape):
-    """Rows that begin inside a span, repeat, or have any width get the noise and rounding of their own place."""
+    """Rows that begin inside a span, repeat, or have any width: the noise and rounding of their place."""
     monkeypatch.setattr(target.backend, "BLOCK", 128)
     monkeypatch.setattr(target.backend, "SPAN", 256)
     theta = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
@@ -323,7 +327,9 @@ def test_scratch_of_rows_is_a_part_of_the_whole(target, monkeypatch, shape):
     place = theta.to(target.device)
     for shift in (0, 1):
         options = {"nearest_above": 1.0, "shift": shift}
-        assert torch.equal(perturbed(target.backend, place, 1e-3, "rademacher", rows=rows, **options), expected)
+        assert torch.equal(
+            perturbed(target.backend, place, 1e-3, "rademacher", rows=rows, **options), expected
+        )
     whole = perturbed(target.backend, place, 1e-3, "normal", nearest_above=1.0)
     part = perturbed(target.backend, place, 1e-3, "normal", nearest_above=1.0, rows=rows)
     assert torch.equal(part, whole[rows])
@@ -351,7 +357,14 @@ def test_a_replaced_storage_is_found(target):
     """`param.data = ...` after the tables were built: the new storage is written, the old one is not."""
     parameter = torch.nn.Parameter(torch.ones(300, device=target.device), requires_grad=False)
     blocks = Blocks([("weight", parameter)])
-    arguments = (seed_tensor([1], target.device), torch.ones(1, device=target.device), None, None, None, "rademacher")
+    arguments = (
+        seed_tensor([1], target.device),
+        torch.ones(1, device=target.device),
+        None,
+        None,
+        None,
+        "rademacher",
+    )
     target.backend.axpy_(blocks, *arguments)
     old, kept = parameter.data, parameter.data.clone()
     parameter.data = torch.ones(300, device=target.device)
@@ -364,7 +377,9 @@ def test_nothing_to_do_launches_nothing(target):
     device = target.device
     empty = Blocks([("empty", torch.empty(0, 4, device=device))])
     for blocks in (Blocks([]), empty):
-        target.backend.axpy_(blocks, seed_tensor([1], device), torch.ones(1, device=device), None, None, None, "normal")
+        target.backend.axpy_(
+            blocks, seed_tensor([1], device), torch.ones(1, device=device), None, None, None, "normal"
+        )
     assert perturbed(target.backend, torch.ones(3, 4, device=device), 1.0, "normal", rows=[]).shape == (0, 4)
     assert words(target.backend, 0, 1, 0, 0, device).shape == (0, 4)
     assert noise(target.backend, 0, 1, 0, "normal", device).shape == (0,)

@@ -76,6 +76,8 @@ class RunConfig:
         for name in ("eval_steps", "warmup_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.num_dev is not None and self.num_dev < 1:
+            raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
         for name, choices in (("optimizer", METHODS), ("probing", MODES), ("dtype", DTYPES)):

@@ -59,6 +59,8 @@ class Engine:
             raise InputError(f"weight_decay must be zero or positive, got {weight_decay}")
         self.model, self.method = model, method
         self.blocks = trainable_blocks(model) if blocks is None else blocks
+        parameters = dict(model.named_parameters())
+        self._parameters = [parameters[name] for name in self.blocks.names]
         self.probing = make_probing(probing, model, self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
         self.step_count = 0
@@ -77,7 +79,9 @@ class Engine:
         losses (0-dim fp32, on the device); NaN when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
+        Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
         """
+        self._require_in_place()
         self._report_skips()
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
@@ -98,6 +102,12 @@ class Engine:
             self.model.train(training)
         self.step_count += 1
         return request.loss
+
+    def _require_in_place(self) -> None:
+        """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
+        for name, tensor, parameter in zip(self.blocks.names, self.blocks.tensors, self._parameters, strict=True):
+            if not tensor.is_set_to(parameter):
+                raise RuntimeError(f"{name} has moved since the optimizer was made: make it after model.to(...)")
 
     def _context(self, lr: float | Tensor) -> StepContext:
         return StepContext(

@@ -1,8 +1,9 @@
 """The Triton backend: launchers of `zo_kernels.triton_kernels`, with the names and signatures of `reference`.
 
-`axpy_` makes one launch per (dtype, layout) of a model, usually one, from tables that live on the device; they
-are built at the first call and cached on the `Blocks` object.  `scratch` makes one launch per tensor.
-`block_stats` has no kernel yet: torch reductions in fp64, block by block.  No launcher waits for the device.
+`axpy_` makes one launch per (dtype, layout) of a model, usually one, from tables that live on the device;
+they are built at the first call and cached on the `Blocks` object.  `scratch` makes one launch per tensor.
+`block_stats` has no kernel yet: torch reductions in fp64, block by block.  Only building tables waits for the
+device (so make one call before capturing a CUDA graph).
 """
 
 from __future__ import annotations
@@ -102,15 +103,15 @@ def _dims(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def _chunks(numel: int, offset: int) -> Tensor:
-    """Where the chunks of a tensor begin (int64, its elements): wherever the global index is a multiple of CHUNK,
-    and at its first element, rounded down to a global index that is a multiple of 128."""
+    """Where the chunks of a tensor begin (int64, its elements): wherever the global index is a multiple of
+    CHUNK, and at its first element, rounded down to a global index that is a multiple of 128."""
     cuts = torch.arange(offset // CHUNK, (offset + numel - 1) // CHUNK + 1, dtype=torch.int64) * CHUNK
     return cuts.clamp(min=offset // 128 * 128) - offset
 
 
 def _tables(blocks: Blocks) -> Tables:
-    """The tables of `blocks`, from its cache.  Comparing the addresses takes 0.2 us a tensor; without it a parameter
-    whose storage was replaced (`param.data = ...`, `module.to()`) would be written where it used to be."""
+    """The tables of `blocks`, from its cache.  Comparing the addresses takes 0.2 us a tensor; without it, a
+    parameter with a new storage (`param.data = ...`, `module.to()`) would be written where it used to be."""
     key = (CHUNK, *map(Tensor.data_ptr, blocks.tensors))
     cached = getattr(blocks, "triton_tables", None)
     if cached is not None and cached.key == key:

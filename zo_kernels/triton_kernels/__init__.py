@@ -6,7 +6,7 @@
     axpy       one launch for a whole model's tensors, in place
     scratch    one tensor, or some of its rows, into a scratch
 
-In Triton's interpreter (TRITON_INTERPRET=1 before this package is imported) the same code runs on CPU tensors,
-with `noise.HARDWARE` false: accurate functions stand in for the hardware's approximations, and integer arithmetic
-for its conversion to bf16.
+In Triton's interpreter (TRITON_INTERPRET=1 before this package is imported) the same code runs on CPU
+tensors, with `noise.HARDWARE` false: accurate functions stand in for the hardware's approximations, and
+integer arithmetic for its conversion to bf16.
 """

@@ -1,8 +1,8 @@
 """theta_b = round(decay * theta_b + sum_k coef_k * scale_b * z_kb) for every tensor b of a model, in place.
 
-One launch covers all tensors of a (dtype, layout): each program takes one chunk, and its row of the chunk table
-says which tensor that is and where in it.  Bytes moved per element of a 16-bit tensor: 4, for any number of
-directions.  Whatever changes from step to step is read from device memory, so that nothing recompiles.
+One launch covers all tensors of a (dtype, layout): each program takes one chunk, and its row of the chunk
+table says which tensor that is and where in it.  Bytes moved per element of a 16-bit tensor: 4, for any
+number of directions.  What changes from step to step is read from device memory: nothing recompiles.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     z = N(seed, tensor id, element):  Philox4x32-10, 8 normals or 128 signs or 8 rounding fields per call
 
 Everything works on tiles: the BLOCK elements from global index first + i on, where `first` (int64) and i are
-multiples of 128 and no multiple of 2^35 lies inside first .. first + i + BLOCK (the low half of the group index
-would wrap there: callers cut their spans at multiples of a power of two).  The two are kept apart so that all that
-depends on `first` alone leaves the loop over i.
+multiples of 128 and no multiple of 2^35 lies inside first .. first + i + BLOCK (the low half of the group
+index would wrap there: callers cut their spans at multiples of a power of two).  The two are kept apart so
+that all that depends on `first` alone leaves the loop over i.
 
-What makes it fast (a `tl.randn` kernel takes 120 instructions per element, this one 16): eight normals per Philox
-call, two from each word; the 32 x 32 -> 64 bit product written as a u64 product, which is one IMAD.WIDE; log2,
-sqrt, sin and cos as one MUFU each.
+What makes it fast (a `tl.randn` kernel takes 120 instructions per element, this one 16): eight normals per
+Philox call, two from each word; the 32 x 32 -> 64 bit product written as a u64 product, which is one
+IMAD.WIDE; log2, sqrt, sin and cos as one MUFU each.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def scratch_kernel(
     begin = i * 0 if rows is None else tl.load(rows + i) * width
     piece = begin // SPAN + program % pieces
     first = tl.maximum(piece * SPAN, begin // 128 * 128)
-    left = (tl.minimum((piece + 1) * SPAN, begin + width) - first).to(tl.int32)  # below 1 past the row's end
+    # A row's last piece may be empty: they are as many as the worst-placed row needs.
+    left = tl.maximum(tl.minimum((piece + 1) * SPAN, begin + width) - first, 0).to(tl.int32)
     skip = tl.maximum(begin - first, 0).to(tl.int32)
     place = i * width + (first - begin)
     if ALIGNED:

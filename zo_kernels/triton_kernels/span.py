@@ -2,13 +2,13 @@
 
     target = round(decay * source + sum_k step_k * z_k)
 
-with acc = fma(step_k, z_k, acc) in fp32, in order of k.  `span` is for contiguous tensors on 16-byte boundaries:
-its body has no masks, so that every thread moves 16 bytes at a time (a mask with an unknown bound makes that eight
-accesses of 2 bytes); only the tail is masked.  `masked_span` takes the rest.  Both call `_advance`, which makes
-them bit-identical.
+with acc = fma(step_k, z_k, acc) in fp32, in order of k.  `span` is for contiguous tensors on 16-byte
+boundaries: its body has no masks, so that every thread moves 16 bytes at a time (a mask with an unknown bound
+makes that eight accesses of 2 bytes); only the tail is masked.  `masked_span` takes the rest.  Both call
+`_advance`, which makes them bit-identical.
 
-change, in all of them: (tensor id, directions of `load_directions`, decay, rounding); decay and rounding are tuples
-of one value, or empty: no decay, and rounding to nearest instead of by that seed.
+change, in all of them: (tensor id, directions of `load_directions`, decay, rounding); decay and rounding are
+tuples of one value, or empty: no decay, and rounding to nearest instead of by that seed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from zo_kernels.triton_kernels.rounding import nearest, stochastic, widen
 
 @triton.jit
 def load_directions(seeds, coefs, scale, count, COUNT: tl.constexpr):
-    """The directions as `_advance` takes them.  COUNT > 0: COUNT pairs (seed, step), step = fl32(coef * scale),
-    read once, before the walk.  COUNT = 0: any number `count`, read again for every tile."""
+    """The directions as `_advance` takes them.  COUNT > 0: COUNT pairs (seed, step), step = fl32(coef *
+    scale), read once, before the walk.  COUNT = 0: any number `count`, read again for every tile."""
     if COUNT > 0:
         pairs = ()
         for k in tl.static_range(COUNT):
@@ -59,8 +59,9 @@ def _advance(
 
 @triton.jit
 def span(source, target, first, left, change, BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr):
-    """source, target: pointers to the first element, hinted (`tl.multiple_of` by the caller: on an argument it has
-    no effect) to be multiples of 16; first: its global index (int64), a multiple of 128; left: how many (int32)."""
+    """source, target: pointers to the first element, which the caller hints to be multiples of 16 (on an
+    argument `tl.multiple_of` has no effect); first: its global index (int64), a multiple of 128; left: how many
+    elements (int32)."""
     DTYPE: tl.constexpr = target.dtype.element_ty
     whole = left // BLOCK * BLOCK
     for i in range(0, whole, BLOCK):
@@ -76,7 +77,7 @@ def span(source, target, first, left, change, BLOCK: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def _place(element, shape, stride, DIMS: tl.constexpr):
-    """Storage offset of an element of a strided tensor of DIMS dimensions, of a contiguous one for DIMS = 0."""
+    """Storage offset of an element, in a tensor of DIMS strided dimensions; DIMS = 0 is contiguous."""
     if DIMS == 0:
         return element
     else:
@@ -93,8 +94,8 @@ def masked_span(
     source, target, start, first, skip, left, shape, stride, change,
     BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Any alignment and strides: lanes skip .. left of a walk whose lane 0 is element `start` (it may be negative)
-    of the tensors at `source` and `target`, and has the global index `first`, a multiple of 128."""
+    """Any alignment and strides: lanes skip .. left of a walk whose lane 0 is element `start` (it may be
+    negative) of the tensors at `source` and `target`, and has the global index `first`, a multiple of 128."""
     DTYPE: tl.constexpr = target.dtype.element_ty
     for i in range(0, left, BLOCK):
         off = i + tl.arange(0, BLOCK)
