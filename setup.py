@@ -36,7 +36,7 @@ class CMakeBuild(build_ext):
                 # setuptools warns and goes on for an optional extension, and stops for any other.
                 print(
                     "zo-finetuner: the C++ kernels were NOT built; the slower pure torch backend remains.\n"
-                    "zo-finetuner: they need a C++17 compiler (GCC or Clang); ZO_BUILD_EXT=1 makes this an error.",
+                    "zo-finetuner: they need GCC or Clang (C++17); ZO_BUILD_EXT=1 makes this an error.",
                     file=sys.stderr,
                 )
                 raise CompileError(f"{shlex.join(command)}: {error}") from error

@@ -1,4 +1,4 @@
-"""The noise contract: published vectors, frozen values, equal bits from every backend, statistics of the draws."""
+"""The noise contract: published vectors, frozen values, equal bits from every backend, statistics."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import random
 import struct
 import warnings
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,6 +358,36 @@ def test_other_files_and_damaged_zips(tmp_path, monkeypatch):
     refused(path, "bytes; a learned optimizer has at most 16777216")
 
 
+def test_other_pickle_protocols_are_refused(tmp_path):
+    path = tmp_path / "nets.pth"
+    torch.save({name: network() for name in NAMES}, path, pickle_protocol=4)
+    refused(path, "data.pkl is no pickle of protocol 2, which torch.save writes")
+
+
+def test_entries_inside_each_other_do_not_multiply(tmp_path, monkeypatch):
+    """Six storages of 4 kB and more in a file of 5 kB, each around the next: 25 kB would come out of it."""
+    blob, infos = bytes(4000), []
+    for key in range(6):
+        info = zipfile.ZipInfo(f"nets/data/{key:04}")
+        info.file_size = info.compress_size = len(blob)
+        info.CRC = zlib.crc32(blob)
+        blob = info.FileHeader() + blob
+        infos.append(info)
+    path = torch_zip(tmp_path / "nets.pth", program(tuple_of(
+        *(storage(info.filename[-4:], integer(info.file_size // 4)) for info in infos))))
+    with zipfile.ZipFile(path, "a") as archive:
+        for info in infos:  # the last is the outermost
+            info.header_offset = archive.start_dir + len(blob) - len(info.FileHeader()) - info.file_size
+        archive.fp.seek(archive.start_dir)
+        archive.fp.write(blob)
+        archive.start_dir = archive.fp.tell()
+        archive.filelist += infos
+        archive.writestr("nets/version", b"3")
+    refused(path, "holds a tuple|Overlapped entries")  # newer Pythons see the overlap by themselves
+    monkeypatch.setattr(restricted_pickle, "MAX_FILE", 4 * 5000)
+    refused(path, "entry data/0004 is compressed, or larger than|Overlapped entries")
+
+
 def test_encrypted_entry_is_refused(tmp_path):
     path = torch_zip(tmp_path / "nets.pth", program(b"}"))
     raw = bytearray(path.read_bytes())
@@ -439,7 +470,7 @@ def test_non_finite_weights_are_refused_by_name(tmp_path, value, place):
 # --- safetensors ----------------------------------------------------------------------------------
 
 CARD = Card(source="fresh, seed 3", base_model="a/b", base_fingerprint="blake2s:00", tasks=("sst2", "copa"),
-            metrics={"loss": 0.1, "note": "größer", "steps": 20})
+            metrics={"loss": 0.1, "note": "größer \udcff", "steps": 20})  # a file name that is not UTF-8
 
 
 def saved(tmp_path: Path, card: Card = CARD) -> tuple[Path, PertNN]:
@@ -468,7 +499,7 @@ def test_round_trip_and_readable_card(tmp_path):
         written = json.loads(file.metadata()[METADATA_KEY])
     assert written["format_version"] == 1 and written["names"] == list(NAMES) and written["hidden"] == 64
     assert written["inputs"][0] == "mean" and written["noise_contract"] == 1
-    assert written["metrics"] == {"loss": 0.1, "note": "größer", "steps": 20}
+    assert written["metrics"] == {"loss": 0.1, "note": "größer \udcff", "steps": 20}
     first = path.read_bytes()
     save_pertnn(path, again, card)
     assert path.read_bytes() == first
@@ -505,11 +536,11 @@ def test_cards_and_tensors_that_do_not_fit_are_refused(tmp_path, changes, match)
 
 
 @pytest.mark.parametrize("card", [
-    "", "[]", "{}", "{", "null", "[" * 100_000, '{"format_version": ' + "9" * 9999 + "}"])
+    "", "[]", "{}", "{", "null", "[" * 100_000, '{"format_version": ' + "9" * 9999 + "}", " " * 5_000_000])
 def test_cards_that_are_no_card(tmp_path, card):
     path = tmp_path / "nets.safetensors"
     save_file({"w1": torch.zeros(1)}, path, metadata={METADATA_KEY: card})
-    refused(path, "the card (is not JSON|has no whole number)")
+    refused(path, "the card (is not JSON|has no whole number|has 5000000 characters)")
 
 
 def test_safetensors_without_card_or_cut(tmp_path):
@@ -549,6 +580,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     ("nets.safetensors", Card(source="x", metrics={"loss": float("nan")}), None, "the card is no JSON"),
     ("nets.safetensors", Card(source="x", metrics={"loss": torch.ones(1)}), None, "the card is no JSON"),
     ("nets.safetensors", Card(source="x", recipe="papers"), None, r"recipe 'papers' \(did you mean .paper."),
+    ("nets.safetensors", Card(source="x" * (1 << 23)), None, "the card has 8"),
     ("nets.safetensors", Card(source="x", format_version=2), None, '"format_version" 2'),
     ("nets.safetensors", CARD, float("nan"), "NaN or infinite weights in the network of model.norm.weight"),
 ])
@@ -560,3 +592,13 @@ def test_save_refuses_what_could_not_be_loaded(tmp_path, name, card, change, mat
     with pytest.raises(InputError, match=match) as caught:
         save_pertnn(tmp_path / name, nets, card)
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_a_file_too_large_to_be_read(tmp_path, monkeypatch):
+    path, nets = saved(tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setattr(pertnn_io, "_MAX_BYTES", len(before))
+    load_pertnn(path)
+    with pytest.raises(InputError, match="are read back"):
+        save_pertnn(path, nets, replace(CARD, base_model="a longer name"))
+    assert path.read_bytes() == before

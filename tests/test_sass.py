@@ -136,8 +136,8 @@ def test_the_body_is_the_same_shape_on_sm_80(launch, tmp_path):
 
 
 def test_nothing_is_contracted_or_flushed(tmp_path):
-    """fp32 operations per tile of 16 elements a thread: u and angle per word, one fma per element.  Another fma
-    would be a contraction, `.ftz` outside the four approximations a flush to zero."""
+    """fp32 operations per tile of 16 elements a thread: u and angle per word, one fma per element.  Another
+    fma would be a contraction, `.ftz` outside the four approximations a flush to zero."""
     ptx = compiled(lambda: axpy(decay=True, stochastic=True), tmp_path).ptx
     tiles = 2  # body and tail
     assert ptx.count("fma.rn.f32") == tiles * (8 + 8 + 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ RECIPES = ("paper",)  # what `PertNN.forward` computes
 METADATA_KEY = "zo_finetuner.pertnn"
 
 _TENSORS = ("w1", "b1", "w2", "b2")
-_MAX_BYTES = 2 * MAX_FILE  # of the parameters in fp32: the largest fp16 file, converted
+_MAX_BYTES = 2 * MAX_FILE  # of a safetensors file: the largest fp16 .pth, converted
+_MAX_CARD = 4 << 20  # characters; OPT-30B's card has 37,000
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ class Card:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """One line of JSON. Raises: ValueError on NaN and infinity, TypeError on what JSON does not know."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        """ASCII JSON in one line. Raises: ValueError on NaN or infinity, TypeError on foreign objects."""
+        card = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return json.dumps(card, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, path: str | os.PathLike) -> Card:
         """Read and check a card. Raises: InputError naming `path` and the key."""
+        if len(text) > _MAX_CARD:
+            raise InputError(f"{path}: the card has {len(text)} characters; at most {_MAX_CARD} are read")
         try:
             card = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -124,6 +128,8 @@ def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
     _require_runnable(Card.from_json(text, path), path)
     tensors = {label: getattr(nets, label).detach().cpu().contiguous() for label in _TENSORS}
     content = safetensors_bytes(tensors, metadata={METADATA_KEY: text})
+    if len(content) > _MAX_BYTES:
+        raise InputError(f"{path}: would have {len(content)} bytes, at most {_MAX_BYTES} are read back")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: os.replace is atomic there
     try:
         with unfinished.open("wb") as stream:
@@ -138,8 +144,8 @@ def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
 
 
 def _load_safetensors(path: Path) -> tuple[PertNN, Card]:
-    if (size := path.stat().st_size) > 2 * _MAX_BYTES:
-        raise InputError(f"{path}: {size} bytes; a learned optimizer has at most {2 * _MAX_BYTES}")
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise InputError(f"{path}: {size} bytes; a learned optimizer has at most {_MAX_BYTES}")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
@@ -152,7 +158,8 @@ def _load_safetensors(path: Path) -> tuple[PertNN, Card]:
             slices = {label: file.get_slice(label) for label in file.keys()}  # noqa: SIM118 (it is no dict)
             found = {label: (part.get_dtype(), part.get_shape()) for label, part in slices.items()}
             if found != {label: ("F32", shape) for label, shape in layout.items()}:
-                raise InputError(f"{path}: holds {found}, its card asks for F32 {layout}; export it again")
+                raise InputError(f"{path}: holds {str(found)[:300]}, its card asks for F32 {layout}; "
+                                 "export the file again")
             # Copies: what safetensors returns is mapped from the file, and changes with it.
             tensors = {label: file.get_tensor(label).clone() for label in _TENSORS}
     except (SafetensorError, OSError) as error:

@@ -1,7 +1,7 @@
-"""The cpu backend: the C++ kernels of `zo_kernels._C` (csrc/cpu) on torch CPU tensors, raw pointers in, nothing out.
+"""The cpu backend: the C++ kernels of `zo_kernels._C` (csrc/cpu) on torch CPU tensors, by raw pointers.
 
-The same functions and arguments as `reference`, the same bits for words, signs and rounding; normals come from fp32
-polynomials (csrc/normal.h).  Work is shared among `torch.get_num_threads()` threads, which never changes a bit.
+The functions and arguments of `reference`, the same bits for words, signs and rounding; normals come from
+fp32 polynomials (csrc/normal.h).  `torch.get_num_threads()` threads share the work and never change a bit.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def scratch(
     dist: str,
 ) -> None:
     _require_cpu(theta.device)
+    if out.numel() == 0:
+        return  # an empty tensor's data_ptr is 0, which would mean None
     theta_rows = theta.shape[0] if theta.dim() else 1
     _C.scratch(
         theta.data_ptr(),

@@ -37,8 +37,8 @@ def nearest(x, DTYPE: tl.constexpr):
 def stochastic(x, r, DTYPE: tl.constexpr):
     """x (fp32, the result of an fma) rounded to bf16 or fp16 by r (uint32 below 2^16)."""
     if DTYPE == tl.bfloat16:
-        # r cannot carry out of infinity's empty lower half, but it would carry the device's NaN, 0x7fffffff after
-        # an fma, to -0: one min clears that lower half too (a test and a select would be two instructions).
+        # r cannot carry out of infinity's empty lower half, but it would carry the device's NaN (0x7fffffff
+        # after an fma) to -0: one min clears that lower half too (a test and a select are two instructions).
         capped = tl.minimum(x.to(tl.int32, bitcast=True), 0x7FFF0000)
         rounded = (capped.to(tl.uint32, bitcast=True) + r) >> 16
     else:

@@ -60,8 +60,8 @@ def _advance(
 @triton.jit
 def span(source, target, first, left, change, BLOCK: tl.constexpr, COUNT: tl.constexpr, SIGNS: tl.constexpr):
     """source, target: pointers to the first element, which the caller hints to be multiples of 16 (on an
-    argument `tl.multiple_of` has no effect); first: its global index (int64), a multiple of 128; left: how many
-    elements (int32)."""
+    argument `tl.multiple_of` has no effect); first: its global index, a multiple of 128 (int64); left: the
+    number of elements (int32)."""
     DTYPE: tl.constexpr = target.dtype.element_ty
     whole = left // BLOCK * BLOCK
     for i in range(0, whole, BLOCK):
