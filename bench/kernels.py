@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from zo_kernels import Blocks, block_stats, perturb_, scratch, seed_tensor, update_, use_backend
 
 from bench.rows import append, machine, spread
+from zo_kernels import Blocks, block_stats, perturb_, scratch, seed_tensor, update_, use_backend
 
 ELEMENTS = 1 << 24
 

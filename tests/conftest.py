@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test touches the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores; subprocesses inherit it
+
 import pytest
 import torch
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+
 from zo_kernels import why_unavailable
 
 

@@ -154,7 +154,9 @@ BAD_SETTINGS = [
     (dict(pertnn="x.safetensors"), ("mezo has no nets",)),
     (dict(optimizer="zo-finetuner", pertnn="missing.safetensors"), ("missing.safetensors",)),
     (dict(model="./nowhere"), ("nowhere", "no such folder")),
+    (dict(model="nobody/nothing-at-all"), ("nobody/nothing-at-all", "cannot be loaded")),
     (dict(data="./nowhere"), ("nowhere",)),
+    (dict(num_dev=0), ("num_dev must be at least 1",)),
 ]
 
 
@@ -271,5 +273,6 @@ def test_env_says_what_there_is(capsys):
 
 
 def test_unknown_flags_are_errors():
-    run = subprocess.run([sys.executable, "-m", "zo_finetuner.cli", "train", "--modle", "x"], capture_output=True, text=True)
+    argv = [sys.executable, "-m", "zo_finetuner.cli", "train", "--modle", "x"]
+    run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "--modle" in run.stderr

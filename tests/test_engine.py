@@ -8,15 +8,15 @@ import pytest
 import torch
 from models import tiny, tokens
 from torch import nn
-from zo_kernels import ROUNDING_PROBE, Blocks, derive_seed, draw_noise, seed_tensor, tensor_ids, update_
-from zo_kernels.noise import rounding_bits
-from zo_kernels.rounding import round_stochastic
 
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim import MeZO
 from zo_finetuner.optimizer import ZOOptimizer
 from zo_finetuner.params import trainable_blocks
+from zo_kernels import ROUNDING_PROBE, Blocks, derive_seed, draw_noise, seed_tensor, tensor_ids, update_
+from zo_kernels.noise import rounding_bits
+from zo_kernels.rounding import round_stochastic
 
 EPS, LR = 1e-3, 1e-2
 
@@ -270,7 +270,8 @@ def test_lora_trains_its_adapter_only():
     peft = pytest.importorskip("peft")
     ids = tokens()
     base = tiny("llama", torch.bfloat16)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, adapter)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = ZOOptimizer(model, lr=1e-2, eps=1e-2)
     adapters = set(optimizer.engine.blocks.names)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import zo_kernels.backends.reference as reference
-from zo_kernels import use_backend
 
+import zo_kernels.backends.reference as reference
 from zo_finetuner.engine import Engine
 from zo_finetuner.optim import ZOFineTuner
 from zo_finetuner.pertnn import PertNN, budget
+from zo_kernels import use_backend
 
 
 def trace(shared, name):
@@ -22,7 +22,8 @@ def trace(shared, name):
 
 
 def model_of(data, meta):
-    config = transformers.AutoConfig.for_model(**{k: v for k, v in meta["config"].items() if k != "transformers_version"})
+    settings = {k: v for k, v in meta["config"].items() if k != "transformers_version"}
+    config = transformers.AutoConfig.for_model(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     names = [str(n) for n in data["names"]]
     assert [n for n, _ in model.named_parameters()] == names
@@ -44,8 +45,9 @@ def test_deployment_reproduces_the_published_trace(shared, monkeypatch, name, mo
     data, meta = trace(shared, name)
     model, names = model_of(data, meta)
     numels = [p.numel() for p in model.parameters()]
-    normalised = "unnormalized" not in name
-    c = budget(names, numels, hidden_size=meta["config"]["hidden_size"], batch_size=meta["batch_size"]) if normalised else None
+    c = budget(names, numels, hidden_size=meta["config"]["hidden_size"], batch_size=meta["batch_size"])
+    if not meta["normalize"]:
+        c = None
     method = ZOFineTuner(nets_of(data, names), c, exact_scales=True)
     engine = Engine(model, method, eps=meta["eps"], probing=mode)
     name_of = dict(zip(engine.blocks.ids, names, strict=True))

@@ -1,8 +1,8 @@
 """The ops against their definitions, on every CPU backend, for all dtypes and odd shapes.
 
 `expected()` states an op in terms of z, `rounding.fma` and `rounding.round_stochastic`, which
-test_rounding.py checks against exact arithmetic.  z is the backend's own, so multiply-adds, order and rounding
-must agree bit for bit.  Normals of two backends differ by 1e-6 + 2e-6 r at most: one test compares the results.
+test_rounding.py checks against exact arithmetic.  z is the backend's own, so that multiply-adds, order and
+rounding must agree bit for bit.  One test compares normal updates of two backends, whose z may differ.
 """
 
 from __future__ import annotations
@@ -276,9 +276,9 @@ def test_subnormals_survive_flush_to_zero(cpu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding_seed", (None, ROUNDING_SEED), ids=("nearest", "stochastic"))
 def test_cpu_updates_are_the_reference_updates(cpu, dtype, rounding_seed):
-    """Signs: equal bits.  Normals: fp32 within the contract's bound on z and the last rounding.  16 bits within
-    1 ulp, and rarely: z differs by about 2e-7, the step is 0.2 z and an fp16 ulp of the result 1e-4, so 1e-4 of
-    the elements cross a rounding boundary (measured: 1.0e-4; bf16 1.7e-5); 1e-3 would be a defect."""
+    """Signs: equal bits.  Normals: fp32 within the contract's bound on z and the last rounding; 16 bits:
+    1 ulp, rarely.  z differs by 2e-7, the step is 0.2 z, an fp16 ulp of the result 1e-4: one in 1e4 crosses a
+    rounding boundary (measured 1.0e-4; bf16 1.7e-5).  One in 1e3 would be a defect."""
     named = [("w", weights((100_003,), dtype))]
     ours = {dist: update(named, None, dist, rounding_seed)[0] for dist in DISTS}
     with zk.use_backend("reference"):

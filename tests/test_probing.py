@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import BUILDERS, tiny, tokens
 from torch import nn
-from zo_kernels import derive_seed, perturb_, seed_tensor, ulp
 
 from zo_finetuner.coverage import UncoveredWeightError
 from zo_finetuner.engine import Engine
@@ -16,6 +15,7 @@ from zo_finetuner.optim import MeZO
 from zo_finetuner.optim.base import Direction, Probe
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.probing import InPlaceProbing, ScratchProbing, make_probing
+from zo_kernels import derive_seed, perturb_, seed_tensor, ulp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -272,6 +272,18 @@ def test_first_probe_reports_the_realised_share():
     share = dict(zip(engine.blocks.names, engine.realised_share.tolist(), strict=True))
     assert 0.98 < share["model.embed_tokens.weight"] < 1.02
     assert len(share) == len(list(model.parameters()))
+
+
+def test_rounding_thresholds_follow_weights_that_grow():
+    """LoRA's B starts at zero, where rounding to nearest is right; at 1.0 a step of 1e-3 needs stochastic rounding."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1 << 18, dtype=torch.bfloat16))
+    model.forward = lambda: torch.tensor(1.0)
+    engine = Engine(model, MeZO(), eps=1e-3)
+    engine.step(lambda: 1.0, 1e-3)
+    model.weight.data.fill_(1.0)
+    engine.step(lambda: 1.0, 1e-3)
+    assert 0.9 < engine.probing.realised_share(probe(1e-3)).item() < 1.1
 
 
 def test_auto_picks_by_dtype():

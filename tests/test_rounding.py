@@ -1,5 +1,4 @@
-"""Rounding: fma and round_stochastic against exact arithmetic, stochastic rounding on the backends, and how much of a
-perturbation a rounded scratch realises."""
+"""Rounding: fma and round_stochastic against exact arithmetic, and what a rounded scratch realises."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ def test_fma_where_rounding_twice_goes_wrong():
 
 
 def test_fma_on_random_bits():
-    """Operands of close and of any exponents; the cancelling sums c = -fl(a b); subnormal and infinite results."""
+    """Operands of close and of any exponents, cancelling sums (c = -fl(a b)), subnormals and overflow."""
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(3000, generator=generator) for _ in range(2))
     close = torch.randn(3000, generator=generator)
@@ -66,7 +65,7 @@ def test_fma_on_random_bits():
     for c in (close, spread, -(a * b), torch.zeros(3000)):
         assert_fma_exact(a, b, c)
     assert_fma_exact(a * 2.0**-70, b * 2.0**-70, close * 2.0**-140)
-    assert_fma_exact(a * 2.0**64, b * 2.0**63, close * 2.0**127)
+    assert_fma_exact(a * 2.0**64, b * 2.0**63, close.clamp(-1.9, 1.9) * 2.0**127)
 
 
 @settings(max_examples=300, deadline=None)
@@ -86,8 +85,8 @@ def test_fma_follows_ieee_754_at_infinities_and_zeros():
 
 
 def place(x: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The neighbours of |x| in `dtype`, towards and away from zero (2^k instead of infinity), and floor(2^16 frac):
-    float64 arithmetic, no bit patterns."""
+    """The neighbours of |x| in `dtype`, towards and away from zero (2^16 or 2^128 for infinity), and
+    floor(2^16 frac), by float64 arithmetic instead of bit patterns."""
     digits, smallest, top = (8, -126, 128) if dtype == torch.bfloat16 else (11, -14, 16)
     magnitude = np.abs(x.astype(np.float64))
     exponent = np.maximum(np.frexp(magnitude)[1] - 1, smallest)
@@ -106,7 +105,7 @@ def rounded_away(x: np.ndarray, r: np.ndarray, dtype: torch.dtype) -> np.ndarray
 
 
 def patterns() -> torch.Tensor:
-    """fp32 of every kind: 200,000 random bit patterns (half of them in fp16's range), edges and their neighbours."""
+    """fp32 of every kind: 100,000 random bit patterns, 100,000 in fp16's range, edges and neighbours."""
     generator = torch.Generator().manual_seed(2)
     anything = (
         torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32).view(torch.float32)
@@ -162,7 +161,7 @@ def test_round_stochastic_converts_what_is_not_finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("value", (1.0009, -0.0199, 1.99, 3.1e-5, 300.7))
+@pytest.mark.parametrize("value", (1.0009, -0.0199, 3.1e-5))
 def test_stochastic_rounding_is_unbiased(backend, dtype, value):
     """The mean of 4e5 roundings within 3e-5 of the value (5 standard errors where an ulp is 2^-7 of it)."""
     count = 400_000
@@ -204,10 +203,10 @@ def realised_share(theta: torch.Tensor, eps: float, nearest_above: torch.Tensor 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("size", (0.02, 1.0, 2.0))
 @pytest.mark.parametrize("eps", (1e-3, 1e-4))
-@pytest.mark.parametrize("spread", (0.0, 0.05, 1.0))
+@pytest.mark.parametrize("spread", (0.0, 1.0), ids=("constant", "normal"))
 def test_a_scratch_realises_the_perturbation(dtype, size, eps, spread):
-    """Nearest from eps = ulp(largest weight) on, stochastic below.  The standard error of the share is at most
-    sqrt(ulp / eps * E|z| / N) = 0.0039 (bf16, weights above 2, eps 1e-4, N = 2^23)."""
+    """Nearest from eps = ulp(largest weight) on, stochastic below.  The standard error of the share is
+    sqrt(ulp / eps * E|z| / N), at most 0.0039 (bf16, weights above 2, eps 1e-4, N = 2^23)."""
     if reason := zk.why_unavailable("cpu"):
         pytest.skip(reason)
     theta = torch.randn(1 << 23).mul_(spread * size).add_(0.0 if spread == 1.0 else size).to(dtype)

@@ -93,7 +93,7 @@ def updated(module, tensors, coefs, dist, *, decay=None, rounding=None, offsets=
     module.axpy_(
         blocks,
         seed_tensor(SEEDS[: len(coefs)], device),
-        torch.tensor(coefs, device=device),
+        torch.as_tensor(coefs, device=device),
         torch.linspace(0.5, 2, len(tensors), device=device),
         None if decay is None else torch.tensor(decay, device=device),
         None if rounding is None else seed_tensor(rounding, device),
@@ -277,7 +277,8 @@ def test_a_nan_stays_a_nan(target, dtype, rounding):
     theta = torch.full((300,), math.nan, dtype=dtype, device=target.device)
     assert updated(target.backend, [theta], [1e-3], "normal", rounding=rounding)[0].isnan().all()
     theta = torch.ones(300, dtype=dtype, device=target.device)
-    assert updated(target.backend, [theta], [math.nan], "normal", rounding=rounding)[0].isnan().all()
+    full = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # the NaN that a GPU computes
+    assert updated(target.backend, [theta], full, "normal", rounding=rounding)[0].isnan().all()
 
 
 def perturbed(module, theta, coef, dist, *, scale=None, nearest_above=None, rows=None, shift=0):

@@ -7,7 +7,8 @@ Knows tensors, seeds and dtypes; imports torch and nothing above it.  `ops` has 
 from zo_kernels.blocks import Blocks
 from zo_kernels.dispatch import BACKENDS, backend_name, use_backend, why_unavailable
 from zo_kernels.noise import NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
-from zo_kernels.ops import block_stats, noise as draw_noise, perturb_, scratch, seed_tensor, update_, words
+from zo_kernels.ops import block_stats, perturb_, scratch, seed_tensor, update_, words
+from zo_kernels.ops import noise as draw_noise
 from zo_kernels.rounding import ulp
 
 __all__ = [

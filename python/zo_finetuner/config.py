@@ -29,7 +29,7 @@ class RunConfig:
 
     model: str = _option("", "folder of a Hugging Face model, or a Hub id")
     task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop")
-    data: str | None = _option(None, "folder with train.jsonl and validation.jsonl, or a Hub dataset; default: the task's")
+    data: str | None = _option(None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's")
     output_dir: str = _option("", "where the run goes")
     optimizer: str = _option("mezo", " or ".join(METHODS))
     pertnn: str | None = _option(None, "learned nets for zo-finetuner (.safetensors or published .pth); default: fresh")
@@ -63,7 +63,7 @@ class RunConfig:
         """Raise InputError for the first setting that cannot work."""
         for name in ("model", "task", "output_dir"):
             if not getattr(self, name):
-                raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put {name}: in the config file")
+                raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
         for name in ("lr", "eps"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

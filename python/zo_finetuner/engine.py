@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zo_kernels import NOISE_VERSION, ROUNDING_PROBE, Blocks, block_stats, derive_seed, seed_tensor
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.probing import make_probing
+from zo_kernels import NOISE_VERSION, ROUNDING_PROBE, Blocks, block_stats, derive_seed, seed_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ class Engine:
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
         context = self._context(lr)
+        if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
+            self.probing.measure()
         try:
             request = self.method.ask(context)
             if self.step_count == 0:

@@ -7,6 +7,7 @@ import os
 import platform
 
 import torch
+
 import zo_kernels
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "triton")
@@ -41,7 +42,7 @@ def _gpu() -> str:
         properties = torch.cuda.get_device_properties(0)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if torch.version.cuda is None:
-        return "none: this torch is a CPU build (pip install torch from the index gives the CUDA build on a GPU machine)"
+        return "none: this torch is a CPU build (on a GPU machine, pip install the CUDA build)"
     return "none visible (nvidia-smi and CUDA_VISIBLE_DEVICES tell why)"
 
 

@@ -39,7 +39,7 @@ class ZOTrainerMixin:
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
         if self.args.world_size * max(1, self.args.n_gpu) > 1:
-            raise InputError("one process on one device for now: start without torchrun, and set CUDA_VISIBLE_DEVICES=0")
+            raise InputError("one process on one device for now: start without torchrun, set CUDA_VISIBLE_DEVICES=0")
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from zo_kernels import Blocks
 
 from zo_finetuner.errors import InputError
+from zo_kernels import Blocks
 
 
 def trainable_blocks(model: nn.Module) -> Blocks:

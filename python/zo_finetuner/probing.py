@@ -17,11 +17,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from zo_kernels import Blocks, draw_noise, perturb_, scratch, seed_tensor, ulp, update_
 
 from zo_finetuner.coverage import CoverageCheck
-from zo_finetuner.optim.base import Probe, Update
 from zo_finetuner.lookup import rows_in_use
+from zo_finetuner.optim.base import Probe, Update
+from zo_kernels import Blocks, draw_noise, perturb_, scratch, seed_tensor, ulp, update_
 
 MODES = ("auto", "scratch", "inplace")
 SHARE_SAMPLE = 1 << 20  # elements of a block that `realised_share` looks at
@@ -71,6 +71,9 @@ class InPlaceProbing:
         perturb_(self.blocks, seed, coef, probe.direction.scale, dist=probe.direction.dist)
         yield
 
+    def measure(self) -> None:
+        """Nothing to measure: an in-place probe rounds to nearest."""
+
     def restore(self) -> None:
         here, self._displaced = self._displaced, None
         if here is not None:
@@ -102,7 +105,7 @@ class ScratchProbing:
 
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.model, self.blocks = model, blocks
-        self._nearest_above = torch.stack([ulp(t.abs().amax().float(), t.dtype) for t in blocks.tensors])
+        self.measure()
         self._parameters = {id(p): blocks.index[n] for n, p in model.named_parameters() if n in blocks.index}
         self._modules = [
             (name, module)
@@ -112,6 +115,12 @@ class ScratchProbing:
         self._stacks: dict[torch.device, _ScratchStack] = {}
         self._frames: list[_Frame] = []
         self._checked = False
+
+    def measure(self) -> None:
+        """Set the rounding thresholds from the weights as they are now (one read of them)."""
+        largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in self.blocks.tensors]
+        spacing = [ulp(x, t.dtype) for x, t in zip(largest, self.blocks.tensors, strict=True)]
+        self._nearest_above = torch.stack(spacing)
 
     @contextlib.contextmanager
     def at(self, probe: Probe) -> Iterator[None]:

@@ -14,6 +14,11 @@ from zo_kernels.blocks import DTYPES, Blocks
 from zo_kernels.noise import DISTRIBUTIONS
 
 
+def isa() -> str:
+    """The instruction set in use: generic, avx2 or avx512."""
+    return _C.isa()
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
