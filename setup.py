@@ -33,12 +33,12 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                # setuptools warns and goes on for an optional extension, and stops for any other.
-                print(
-                    "zo-finetuner: the C++ kernels were NOT built; the slower pure torch backend remains.\n"
-                    "zo-finetuner: they need GCC or Clang (C++17); ZO_BUILD_EXT=1 makes this an error.",
-                    file=sys.stderr,
-                )
+                if extension.optional:  # setuptools goes on without it
+                    print(
+                        "zo-finetuner: the C++ kernels were NOT built; the slower pure torch backend remains.\n"
+                        "zo-finetuner: they need GCC or Clang (C++17); ZO_BUILD_EXT=1 makes this an error.",
+                        file=sys.stderr,
+                    )
                 raise CompileError(f"{shlex.join(command)}: {error}") from error
 
 

@@ -96,15 +96,19 @@ def test_update_decays_sums_in_order_and_rounds_once(backend, shape, dtype, dist
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("above", (None, 0.006, 0.008), ids=("nearest", "above", "below"))
-def test_scratch_is_theta_perturbed_and_leaves_theta_alone(backend, shape, dtype, above):
-    """|coef * scale| = 0.007: to nearest from nearest_above = 0.006 on, stochastic under 0.008."""
+@pytest.mark.parametrize(
+    ("above", "stochastic"),
+    ((None, False), (0.9, False), (1.0, False), (1.1, True)),
+    ids=("nearest", "above", "equal", "below"),
+)
+def test_scratch_is_theta_perturbed_and_leaves_theta_alone(backend, shape, dtype, above, stochastic):
+    """To nearest where |coef * scale| >= nearest_above, else stochastic, with the probe's own seed."""
     theta = weights(shape, dtype)
     before, out = theta.clone(), torch.empty_like(theta)
     step, scale = torch.tensor(-0.01), torch.tensor(0.7)
-    nearest_above = None if above is None else torch.tensor(above)
+    nearest_above = None if above is None else (step * scale).abs() * above
     zk.scratch(theta, out, 9, SEEDS[0], step, scale, nearest_above=nearest_above)
-    rounding_seed = SEEDS[0] if above == 0.008 else None
+    rounding_seed = SEEDS[0] if stochastic else None
     want = expected(theta, 9, SEEDS[:1], step.reshape(1), scale, rounding_seed=rounding_seed)
     assert torch.equal(bits(out), bits(want))
     assert torch.equal(bits(theta), bits(before))

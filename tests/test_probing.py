@@ -11,10 +11,12 @@ from torch import nn
 
 from zo_finetuner.coverage import UncoveredWeightError
 from zo_finetuner.engine import Engine
+from zo_finetuner.inplace import InPlaceProbing
 from zo_finetuner.optim import MeZO
 from zo_finetuner.optim.base import Direction, Probe
 from zo_finetuner.params import trainable_blocks
-from zo_finetuner.probing import InPlaceProbing, ScratchProbing, make_probing
+from zo_finetuner.probing import make_probing
+from zo_finetuner.scratch import ScratchProbing
 from zo_kernels import derive_seed, perturb_, seed_tensor, ulp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,7 +96,7 @@ def test_an_exception_inside_the_scratch_kernel_leaves_the_weights(monkeypatch):
     model, ids = tiny("llama", torch.bfloat16), tokens()
     before, storages = snapshot(model), pointers(model)
     probing = ScratchProbing(model, trainable_blocks(model))
-    import zo_finetuner.probing as module
+    import zo_finetuner.scratch as module
 
     calls, real = [], module.scratch
 
@@ -152,7 +154,7 @@ def test_embedding_rows_equal_the_whole_embedding(monkeypatch):
     probing = ScratchProbing(model, trainable_blocks(model))
     with probing.at(probe(1e-2)):
         by_rows = forward_loss(model, ids)
-    import zo_finetuner.probing as module
+    import zo_finetuner.scratch as module
 
     monkeypatch.setattr(module, "rows_in_use", lambda *a: (None, None))
     with probing.at(probe(1e-2)):

@@ -1,0 +1,59 @@
+"""Probing in place: theta itself moves, and the way back merges with the update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from zo_finetuner.optim.base import Probe, Update
+from zo_finetuner.update import apply_terms
+from zo_kernels import Blocks, perturb_, seed_tensor
+
+
+class InPlaceProbing:
+    """theta itself is moved.  Between `at()` and `apply()`/`restore()` the weights stay displaced, so that a pair of
+    probes and the update cost three passes over the weights (MeZO's order: four)."""
+
+    mode = "inplace"
+
+    def __init__(self, model: nn.Module, blocks: Blocks):
+        self.blocks = blocks
+        self._displaced: Probe | None = None
+
+    @contextlib.contextmanager
+    def at(self, probe: Probe) -> Iterator[None]:
+        here = self._displaced
+        if here is not None and here.direction is not probe.direction:
+            self.restore()
+            here = None
+        coef = probe.coef if here is None else probe.coef - here.coef
+        seed = seed_tensor(probe.direction.seed, self.blocks.device)
+        self._displaced = probe
+        perturb_(self.blocks, seed, coef, probe.direction.scale, dist=probe.direction.dist)
+        yield
+
+    def measure(self) -> None:
+        """Nothing to measure: an in-place probe rounds to nearest."""
+
+    def restore(self) -> None:
+        here, self._displaced = self._displaced, None
+        if here is not None:
+            seed = seed_tensor(here.direction.seed, self.blocks.device)
+            perturb_(self.blocks, seed, -here.coef, here.direction.scale, dist=here.direction.dist)
+
+    def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
+        here = self._displaced
+        if here is not None and (decay is not None or here.direction is not update.terms[0][0]):
+            self.restore()  # the way back is part of this pass only along the same direction, and before any decay
+            here = None
+        self._displaced = None
+        way_back = [] if here is None else [(here.direction, -here.coef)]
+        apply_terms(self.blocks, way_back + update.terms, decay, rounding_seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
