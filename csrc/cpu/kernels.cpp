@@ -3,10 +3,9 @@
 // reassociation, so all copies give the same bits (tests/test_ops.py compares them).
 //
 // A tensor is walked in tiles of up to 512 elements.  Words, noise and accumulator of a tile stay in L1 (12 KB), so that
-// theta is read and written once for any number of directions.  Each stage of a tile is a function of its own with one
-// simple loop, which the compiler vectorises (-fopt-info-vec); Philox alone has its vectors written out, in lanes.h.
-// Inlined into one function, GCC 12 spills registers across the stages; with tiles of 128 elements the processor
-// drains between them: 1.3x slower each.
+// theta is read and written once for any number of directions.  Each stage of a tile is one simple loop, which the
+// compiler vectorises (-fopt-info-vec); Philox alone has its vectors written out, in lanes.h.  Tiles of 128 elements are
+// 1.3x slower: the processor drains between the stages.
 //
 // Everything but the table at the end has internal linkage, and no C++ library header is used here: see ZO_INLINE.
 #include "kernels.h"
@@ -17,19 +16,17 @@
 namespace zo {
 namespace {
 
-#define ZO_STAGE static __attribute__((noinline))
-
 // A run is 128 elements at a multiple of 128: 16 Philox groups of 8 normals, or one of 128 signs.  Noise is made by
 // whole runs: a loop over `runs * RUN` elements needs no remainder.
 constexpr int RUN = 8 * GROUPS, TILE = 4 * RUN;
 
-ZO_STAGE void make_words(uint64_t first_group, uint64_t seed, uint32_t tensor_id, uint32_t stream, int runs,
+void make_words(uint64_t first_group, uint64_t seed, uint32_t tensor_id, uint32_t stream, int runs,
                          uint32_t* w) {
   for (int run = 0; run < runs; ++run)
     philox_groups(first_group + uint64_t(run * GROUPS), seed, tensor_id, stream, w + run * (RUN / 2));
 }
 
-ZO_STAGE void make_normals(const uint32_t* __restrict w, int runs, float* __restrict z) {
+void make_normals(const uint32_t* __restrict w, int runs, float* __restrict z) {
   alignas(64) float r[TILE / 2], cosine[TILE / 2], sine[TILE / 2];
   for (int i = 0; i < runs * (RUN / 2); ++i) r[i] = radius(w[i]);
   for (int i = 0; i < runs * (RUN / 2); ++i) cos_sin(w[i], cosine + i, sine + i);
@@ -39,7 +36,7 @@ ZO_STAGE void make_normals(const uint32_t* __restrict w, int runs, float* __rest
   }
 }
 
-ZO_STAGE void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id, int runs, float* __restrict z) {
+void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id, int runs, float* __restrict z) {
   for (int run = 0; run < runs; ++run, z += RUN) {
     const Words words = philox(seed, first_group + uint64_t(run), tensor_id, DIRECTION);
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -49,18 +46,18 @@ ZO_STAGE void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id
 }
 
 // 16 random bits for every element.
-ZO_STAGE void make_bits(const uint32_t* __restrict w, int runs, uint32_t* __restrict bits) {
+void make_bits(const uint32_t* __restrict w, int runs, uint32_t* __restrict bits) {
   for (int i = 0; i < runs * (RUN / 2); ++i) {
     bits[2 * i] = w[i] & 0xFFFFu;
     bits[2 * i + 1] = w[i] >> 16;
   }
 }
 
-ZO_STAGE void multiply(float factor, int runs, float* __restrict acc) {
+void multiply(float factor, int runs, float* __restrict acc) {
   for (int i = 0; i < runs * RUN; ++i) acc[i] *= factor;
 }
 
-ZO_STAGE void multiply_add(float step, const float* __restrict z, int runs, float* __restrict acc) {
+void multiply_add(float step, const float* __restrict z, int runs, float* __restrict acc) {
   for (int i = 0; i < runs * RUN; ++i) acc[i] = fma(step, z[i], acc[i]);
 }
 
@@ -76,18 +73,18 @@ ZO_INLINE void make_direction(uint64_t first, uint64_t seed, uint32_t tensor_id,
 }
 
 template <class T>
-__attribute__((noinline)) void load(const typename T::Storage* __restrict in, int length, float* __restrict acc) {
+void load(const typename T::Storage* __restrict in, int length, float* __restrict acc) {
   for (int i = 0; i < length; ++i) acc[i] = T::load(in[i]);
 }
 
 template <class T>
-__attribute__((noinline)) void store_nearest(const float* __restrict acc, int length,
+void store_nearest(const float* __restrict acc, int length,
                                              typename T::Storage* __restrict out) {
   for (int i = 0; i < length; ++i) out[i] = T::nearest(acc[i]);
 }
 
 template <class T>
-__attribute__((noinline)) void store_stochastic(const float* __restrict acc, const uint32_t* __restrict bits, int length,
+void store_stochastic(const float* __restrict acc, const uint32_t* __restrict bits, int length,
                                                 typename T::Storage* __restrict out) {
   for (int i = 0; i < length; ++i) out[i] = T::stochastic(acc[i], bits[i]);
 }
@@ -171,14 +168,14 @@ ZO_INLINE double total(const double* sums) {
   return sum;
 }
 
-ZO_STAGE double sum_of(const float* __restrict x, int length) {
+double sum_of(const float* __restrict x, int length) {
   double sums[SUMS] = {};
   for (int i = 0; i < length; i += SUMS)
     for (int lane = 0; lane < SUMS; ++lane) sums[lane] += double(x[i + lane]);
   return total(sums);
 }
 
-ZO_STAGE double squares_of(const float* __restrict x, int length, double mean) {
+double squares_of(const float* __restrict x, int length, double mean) {
   double sums[SUMS] = {};
   for (int i = 0; i < length; i += SUMS)
     for (int lane = 0; lane < SUMS; ++lane) {

@@ -7,7 +7,7 @@
                stack and swaps the parameter's storage, an always-called forward hook swaps it back.  theta is never
                written: `torch.equal` after any number of probes, after an exception, after Ctrl-C.
 
-The engine uses both (`inplace.py`, `scratch.py`) as `with probing.at(probe): loss = ...`, then `apply()` or `restore()`.
+Both (`inplace.py`, `scratch.py`) are used as `with probing.at(probe): loss = ...`, then `apply()` or `restore()`.
 """
 
 from __future__ import annotations
