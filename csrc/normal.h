@@ -40,7 +40,7 @@ ZO_INLINE float minus_two_log(float u) {
   return -2.0f * fma(e, 0.693147181f, fma(f * f, p, f));
 }
 
-// Cosine and sine of 2 pi k / 65536, k the lower half of the word.  The reduction to an eighth of a turn is exact in integers:
+// Cosine and sine of 2 pi k / 65536, k the lower half of the word.  The reduction to an eighth of a turn is exact:
 // k = 16384 quadrant + d, d in [-8192, 8192), and the polynomials (minimax, 3e-9) take x = d / 8192, angle pi/4 x.
 ZO_INLINE void cos_sin(uint32_t word, float* cosine, float* sine) {
   const uint32_t k = word & 0xFFFFu;

@@ -41,13 +41,13 @@ void axpy(const std::vector<Block>& blocks, const uint64_t* seeds, const float* 
           const float* scale, const float* decay, const uint64_t* rounding_seed, Dist dist, int threads);
 
 // out = round(theta + coef * scale * z); scale and nearest_above may be null.  Throws std::out_of_range for a bad row.
-void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above, Dist dist,
-             int threads);
+void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above,
+             Dist dist, int threads);
 
 // Mean and unbiased variance of every block, in fp64, the same bits for every number of threads.
 void block_stats(const std::vector<Block>& blocks, float* mean, float* var, int threads);
 
-// The instruction sets compiled in that this machine has, slowest first; the last is the default.  All give the same bits.
+// The instruction sets compiled in that this machine has, slowest first, the last the default; all give the same bits.
 std::vector<std::string> isas();
 std::string isa();
 void set_isa(const std::string& name);

@@ -2,12 +2,12 @@
 // result; ops.cpp chooses at run time.  Only +, -, *, sqrt and explicit fma on floats, no contraction and no
 // reassociation, so all copies give the same bits (tests/test_ops.py compares them).
 //
-// A tensor is walked in tiles of up to 512 elements.  Words, noise and accumulator of a tile stay in L1 (12 KB), so that
-// theta is read and written once for any number of directions.  Each stage of a tile is one simple loop, which the
-// compiler vectorises (-fopt-info-vec); Philox alone has its vectors written out, in lanes.h.  Tiles of 128 elements are
-// 1.3x slower: the processor drains between the stages.
+// A tensor is walked in tiles of up to 512 elements.  Words, noise and accumulator of a tile stay in L1 (10 KB), so
+// that theta is read and written once for any number of directions.  Each stage of a tile is one simple loop, which
+// the compiler vectorises (-fopt-info-vec); Philox alone has its vectors written out, in lanes.h.  Tiles of 128
+// elements are 1.2x slower: the processor drains between the stages.
 //
-// Everything but the table at the end has internal linkage, and no C++ library header is used here: see ZO_INLINE.
+// Everything but the table at the end has internal linkage, and nothing of the C++ library is called: see ZO_INLINE.
 #include "kernels.h"
 
 #include "dtype.h"
@@ -20,8 +20,7 @@ namespace {
 // whole runs: a loop over `runs * RUN` elements needs no remainder.
 constexpr int RUN = 8 * GROUPS, TILE = 4 * RUN;
 
-void make_words(uint64_t first_group, uint64_t seed, uint32_t tensor_id, uint32_t stream, int runs,
-                         uint32_t* w) {
+void make_words(uint64_t first_group, uint64_t seed, uint32_t tensor_id, uint32_t stream, int runs, uint32_t* w) {
   for (int run = 0; run < runs; ++run)
     philox_groups(first_group + uint64_t(run * GROUPS), seed, tensor_id, stream, w + run * (RUN / 2));
 }
@@ -78,14 +77,13 @@ void load(const typename T::Storage* __restrict in, int length, float* __restric
 }
 
 template <class T>
-void store_nearest(const float* __restrict acc, int length,
-                                             typename T::Storage* __restrict out) {
+void store_nearest(const float* __restrict acc, int length, typename T::Storage* __restrict out) {
   for (int i = 0; i < length; ++i) out[i] = T::nearest(acc[i]);
 }
 
 template <class T>
 void store_stochastic(const float* __restrict acc, const uint32_t* __restrict bits, int length,
-                                                typename T::Storage* __restrict out) {
+                      typename T::Storage* __restrict out) {
   for (int i = 0; i < length; ++i) out[i] = T::stochastic(acc[i], bits[i]);
 }
 

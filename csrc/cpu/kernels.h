@@ -33,7 +33,8 @@ ZO_INLINE Moments combined(Moments a, Moments b) {
 // Element indices are global; `in` and `out` (which may be equal) point to element `first`.
 struct Kernels {
   const char* name;
-  void (*words)(uint32_t* out, uint64_t first_group, int64_t groups, uint64_t seed, uint32_t tensor_id, uint32_t stream);
+  void (*words)(uint32_t* out, uint64_t first_group, int64_t groups, uint64_t seed, uint32_t tensor_id,
+                uint32_t stream);
   void (*noise)(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist);
   void (*axpy)(const void* in, void* out, uint64_t first, int64_t count, const Update& update);
   Moments (*moments)(const void* in, int64_t count, DType dtype);

@@ -118,14 +118,13 @@ void axpy(const std::vector<Block>& blocks, const uint64_t* seeds, const float* 
   });
 }
 
-void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above, Dist dist,
-             int threads) {
+void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above,
+             Dist dist, int threads) {
   const Kernels& kernels = *chosen.load();
   const DefaultFloatingPoint ieee;
   const float step = scale ? coef * *scale : coef;
   const bool nearest = !nearest_above || std::fabs(step) >= *nearest_above;
-  const Update update{&seed,           &step, 1, nullptr, nearest ? nullptr : &seed, tensor.tensor_id, tensor.dtype,
-                      dist};
+  const Update update{&seed, &step, 1, nullptr, nearest ? nullptr : &seed, tensor.tensor_id, tensor.dtype, dist};
   const auto perturb = [&](int64_t from, int64_t to, int64_t count) {
     kernels.axpy(at(tensor.theta, from, tensor.dtype), at(tensor.out, to, tensor.dtype), uint64_t(from), count, update);
   };
