@@ -53,6 +53,8 @@ assert not torch.cuda.is_initialized()
 def test_the_fallbacks_update_to_the_same_weights():
     hidden = "import sys; sys.modules['zo_kernels._C'] = None\n" + UPDATE
     chosen = python(UPDATE, ZO_BACKEND="reference")
+    warned = run([sys.executable, "-c", hidden], ZO_BACKEND="").stderr
+    assert "ops on cpu tensors run in plain torch, slowly: zo_kernels._C is not built" in warned
     assert chosen.startswith("reference ")
     assert python(hidden, ZO_BACKEND="") == chosen
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -61,8 +62,13 @@ def backend_name(device_type: str) -> str:
         if reason:
             raise ValueError(f"backend {chosen!r} is not available: {reason}")
         return chosen
-    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
-    return preferred if why_unavailable(preferred) is None else "reference"
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    reason = why_unavailable(name)
+    if reason:
+        # Python shows a warning of one place once.
+        warnings.warn(f"ops on {device_type} tensors run in plain torch, slowly: {reason}", stacklevel=1)
+        return "reference"
+    return name
 
 
 def backend(device_type: str) -> ModuleType:

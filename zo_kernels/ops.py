@@ -68,6 +68,8 @@ def perturb_(
 
     seed: 0-dim int64; coef: 0-dim fp32; scale: (len(blocks),) fp32 or None for ones.  Not undone exactly by the
     opposite coefficient: fp32 weights return to within rounding, 16-bit weights drift (use `scratch`)."""
+    _require(seed, "seed", torch.int64, (), blocks.device)
+    _require(coef, "coef", torch.float32, (), blocks.device)
     update_(blocks, seed.reshape(1), coef.reshape(1), scale, dist=dist)
 
 
@@ -146,6 +148,7 @@ def noise(
 ) -> Tensor:
     """z of `shape` consecutive elements beginning at global element index `start`: fp32, on the seed's device."""
     _require_dist(dist)
+    _require(seed, "seed", torch.int64, (), seed.device)
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
     backend(seed.device.type).noise(out, seed, tensor_id, start, dist)
     return out
@@ -154,6 +157,7 @@ def noise(
 @torch.no_grad()
 def words(groups: int, seed: Tensor, tensor_id: int, stream: int, *, first_group: int = 0) -> Tensor:
     """Philox words of `groups` consecutive groups: int32 (groups, 4), the bit patterns of the unsigned words."""
+    _require(seed, "seed", torch.int64, (), seed.device)
     out = torch.empty((groups, 4), dtype=torch.int32, device=seed.device)
     backend(seed.device.type).words(out, seed, tensor_id, stream, first_group)
     return out
