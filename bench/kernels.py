@@ -4,6 +4,7 @@
     update    theta -= lr * g * z, rounded   torch: normal, mul, sub in the storage dtype
     stats     mean and unbiased variance     torch: mean() and var()
     copy      the same bytes, moved only
+    changed   share of bf16 weights N(0, .02^2) that a pair of probes at eps 1e-3 leaves changed
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ def _cases(theta: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
     )
 
 
+def _changed(count: int) -> dict[str, float]:
+    """MeZO's +eps, -2 eps, +eps in the storage dtype, and a pair of scratch probes, which write another tensor."""
+    before = (torch.randn(count) * 0.02).to(torch.bfloat16)
+    theirs, ours, out = before.clone(), before.clone(), torch.empty_like(before)
+    z = torch.normal(mean=0, std=1, size=before.size(), dtype=before.dtype)
+    for sign in (1, -2, 1):
+        theirs = theirs + sign * z * 1e-3
+    for sign in (1, -1):
+        scratch(ours, out, 7, seed_tensor(5), torch.tensor(sign * 1e-3), nearest_above=torch.tensor(1.0))
+    return {name: (end != before).float().mean().item() for name, end in (("torch", theirs), ("cpu", ours))}
+
+
 def run(arguments: argparse.Namespace) -> None:
     count, repeats = (1 << 20, 5) if arguments.quick else (ELEMENTS, 11)
     common = machine()
@@ -87,3 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
                 ratio = f"{torch_ms / median[case, 'cpu']:>7.1f}" if torch_ms else f"{'':>7}"
                 print(f"{case:<20}{name:<10}{median[case, 'cpu']:>9.1f}"
                       f"{torch_ms or float('nan'):>10.1f}{ratio}{median['copy', 'copy']:>9.1f}")
+    with use_backend("cpu"):
+        shares = _changed(count)
+    for provider, share in shares.items():
+        row = {"case": "changed", "provider": provider, "dtype": "bfloat16", "n": count, "metric": "share", "unit": ""}
+        append(arguments.out / "kernels.jsonl", row | spread([share]) | common)
+    print(f"bf16 weights changed by a pair of probes: ours {shares['cpu']:.1%}, torch {shares['torch']:.1%}")
