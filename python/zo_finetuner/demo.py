@@ -31,8 +31,8 @@ BAD = "cold stupid dull stale boring clumsy poor flat lifeless awkward tedious f
 LABELS = ("terrible", "great")
 PRETRAIN_STEPS, PRETRAIN_BATCH = 500, 64
 STEPS = 1500
-# Learning rates found on dev rows, one seed, five values each (bench/LOG.md).
-RATES = {"mezo": 3e-4, "zo-finetuner": 3e-4}
+# Learning rates picked on dev rows, one seed, three values each (bench/LOG.md).
+RATES = {"mezo": 3e-4, "zo-finetuner": 1e-3}
 
 
 def review(mood: int, rng: random.Random) -> str:
