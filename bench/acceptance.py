@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -119,7 +120,8 @@ def _draw(arguments: argparse.Namespace, seeds: tuple[int, ...], steps: int) -> 
             entries = [e for e in map(json.loads, log.splitlines()) if "eval_loss" in e]
             axes.plot([2 * e["step"] for e in entries], [e["eval_loss"] for e in entries], color=color, marker=".",
                       label=NAMES[optimizer] if seed == seeds[0] else None)
-    axes.axhline(0.693, color="gray", linestyle="--", linewidth=1, label="always the training prior")
+    prior = _dev_prior(arguments.shared)
+    axes.axhline(prior, color="gray", linestyle="--", linewidth=1, label=f"always the training prior ({prior:.3f})")
     axes.set_xlabel("forwards")
     axes.set_ylabel("dev loss")
     axes.set_title(f"SST-2 on imdb-llama-6m, {len(seeds)} seeds")
@@ -128,6 +130,12 @@ def _draw(arguments: argparse.Namespace, seeds: tuple[int, ...], steps: int) -> 
     figure.tight_layout()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "acceptance.png", dpi=120)
+
+
+def _dev_prior(shared: Path) -> float:
+    rows = load_splits(get_task("sst2"), shared / "data" / "sst2")
+    share = statistics.fmean(row["label"] for row in rows.train)
+    return -statistics.fmean(math.log(share if row["label"] else 1 - share) for row in rows.dev)
 
 
 def _print(results: dict[tuple[str, int], dict[str, Any]], seeds: tuple[int, ...]) -> None:
