@@ -244,6 +244,26 @@ def test_broken_rows(base, copy, capsys):
     assert not out.exists()
 
 
+def test_a_place_that_cannot_be_written(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    fails(capsys, flags(base, tmp_path / "file" / "run"), tmp_path / "file", "cannot be made")
+    fails(capsys, flags(base, tmp_path / "file"), tmp_path / "file", "is a file")
+    argv = ["eval", "--model", str(base / "model"), "--task", "sst2", "--data", str(base / "data")]
+    fails(capsys, [*argv, "--output", str(tmp_path / "none" / "e.json")], "e.json", "cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("task", ["copa", "squad", "drop", "record", "cb", "boolq", "wsc", "wic"])
+def test_the_main_job_on_every_real_task(shared, tmp_path, task):
+    out = tmp_path / "run"
+    few = dict(steps=2, batch_size=2, lr=1e-5, num_train=8, num_dev=4, num_eval=4)
+    where = dict(model=shared / "models" / "stories260k-llama", task=task, data=shared / "data" / task, output_dir=out)
+    assert main(["train", "--no-save-model", *(f"--{k.replace('_', '-')}={v}" for k, v in (where | few).items())]) == 0
+    written = result(out)
+    assert written["metric"] == ("f1" if task in ("squad", "drop") else "accuracy")
+    assert written["eval_rows"] == 4 and math.isfinite(written["eval_loss_after"])
+
+
 def test_nets_of_another_architecture_name_what_is_missing(base, tmp_path, capsys):
     from zo_finetuner.pertnn import PertNN
     from zo_finetuner.pertnn_io import Card, save_pertnn

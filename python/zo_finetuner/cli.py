@@ -56,7 +56,7 @@ def keep_large_buffers() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from zo_finetuner.config import add_flags
+    from zo_finetuner.config import DTYPES, add_flags
 
     parser = argparse.ArgumentParser(prog="zo", description="Fine-tune language models with forward passes only.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")
     evaluate.add_argument("--task", required=True)
     evaluate.add_argument("--data", help="folder with train.jsonl and validation.jsonl, or a Hub dataset")
-    evaluate.add_argument("--dtype", default="auto")
+    evaluate.add_argument("--dtype", default="auto", choices=DTYPES)
     evaluate.add_argument("--batch-size", type=int, default=32)
     evaluate.add_argument("--num-eval", type=int, help="validation rows; default: the protocol's")
     evaluate.add_argument("--data-seed", type=int, default=0)

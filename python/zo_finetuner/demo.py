@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
 from zo_finetuner.errors import InputError
-from zo_finetuner.files import write_json, write_text
+from zo_finetuner.files import make_folder, write_json, write_text
 from zo_finetuner.training import train
 
 NOUNS = "plot story script acting music ending cast pacing humor camera dialogue hero villain scenery opening".split()
@@ -50,7 +50,7 @@ def pretraining_text(rng: random.Random) -> str:
 
 def make_data(folder: Path, seed: int) -> None:
     """train.jsonl (1,500 rows) and validation.jsonl (500 rows) with SST-2's field names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rng = random.Random(seed)
     for split, count in (("train", 1500), ("validation", 500)):
         moods = [rng.randint(0, 1) for _ in range(count)]

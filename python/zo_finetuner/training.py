@@ -27,7 +27,7 @@ from zo_finetuner.data import load_splits
 from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
 from zo_finetuner.errors import InputError
 from zo_finetuner.evaluation import evaluate_split
-from zo_finetuner.files import write_json, write_text
+from zo_finetuner.files import make_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
@@ -75,7 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
