@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores; 
 import pytest
 import torch
 
+import zo_kernels as zk
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,6 +23,28 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"development data not found at {path} (set ZO_SHARED)")
     return path
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Every op in the test runs on this backend."""
+    reason = zk.why_unavailable(request.param)
+    if reason:
+        pytest.skip(reason)
+    with zk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu():
+    """The native module, for what only it has."""
+    reason = zk.why_unavailable("cpu")
+    if reason:
+        pytest.skip(reason)
+    from zo_kernels import _C
+
+    with zk.use_backend("cpu"):
+        yield _C
 
 
 @pytest.fixture(autouse=True)

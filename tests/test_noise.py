@@ -19,25 +19,6 @@ SEEDS = (0, 1, 2**63 + 5, 2**64 - 1)
 TENSOR_ID = 0xDEADBEEF
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    """Every op in the test runs on this backend."""
-    reason = zk.why_unavailable(request.param)
-    if reason:
-        pytest.skip(reason)
-    with zk.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def cpu():
-    reason = zk.why_unavailable("cpu")
-    if reason:
-        pytest.skip(reason)
-    with zk.use_backend("cpu"):
-        yield
-
-
 def reference(op, *args, **kwargs):
     with zk.use_backend("reference"):
         return op(*args, **kwargs)

@@ -24,28 +24,6 @@ COEFS = torch.tensor([0.01, -0.003, 0.2])
 ROUNDING_SEED = zk.seed_tensor(77)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    """Every op in the test runs on this backend."""
-    reason = zk.why_unavailable(request.param)
-    if reason:
-        pytest.skip(reason)
-    with zk.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def cpu():
-    """The native module, for what only it has."""
-    reason = zk.why_unavailable("cpu")
-    if reason:
-        pytest.skip(reason)
-    from zo_kernels import _C
-
-    with zk.use_backend("cpu"):
-        yield _C
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 

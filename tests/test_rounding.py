@@ -18,16 +18,6 @@ from zo_kernels.rounding import fma, round_stochastic
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    """Every op in the test runs on this backend."""
-    reason = zk.why_unavailable(request.param)
-    if reason:
-        pytest.skip(reason)
-    with zk.use_backend(request.param):
-        yield request.param
-
-
 def exact_float32(x: Fraction) -> float:
     """x rounded once to fp32, half to even, subnormals and overflow included."""
     if x == 0:
