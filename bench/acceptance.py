@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -104,7 +103,7 @@ def _adam(shared: Path, out: Path, seed: int) -> None:
         "steps": ADAM_STEPS, "forwards": ADAM_STEPS, "seconds": time.perf_counter() - started,
         "eval_loss_before": before["loss"], "eval_loss_after": best[1]["loss"],
         "eval_metric_before": before["accuracy"], "eval_metric_after": best[1]["accuracy"],
-        "prior_loss": prior_loss(encoded["train"], encoded["test"]), "seed": seed,
+        "prior_loss": prior_loss(task, rows.train, rows.test), "seed": seed,
     })
 
 
@@ -121,7 +120,9 @@ def _draw(arguments: argparse.Namespace, seeds: tuple[int, ...], steps: int) -> 
             entries = [e for e in map(json.loads, log.splitlines()) if "eval_loss" in e]
             axes.plot([2 * e["step"] for e in entries], [e["eval_loss"] for e in entries], color=color, marker=".",
                       label=NAMES[optimizer] if seed == seeds[0] else None)
-    prior = _dev_prior(arguments.shared)
+    task = get_task("sst2")
+    rows = load_splits(task, arguments.shared / "data" / "sst2")
+    prior = prior_loss(task, rows.train, rows.dev)
     axes.axhline(prior, color="gray", linestyle="--", linewidth=1, label=f"always the training prior ({prior:.3f})")
     axes.set_xlabel("forwards")
     axes.set_ylabel("dev loss")
@@ -131,12 +132,6 @@ def _draw(arguments: argparse.Namespace, seeds: tuple[int, ...], steps: int) -> 
     figure.tight_layout()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "acceptance.png", dpi=120)
-
-
-def _dev_prior(shared: Path) -> float:
-    rows = load_splits(get_task("sst2"), shared / "data" / "sst2")
-    share = statistics.fmean(row["label"] for row in rows.train)
-    return -statistics.fmean(math.log(share if row["label"] else 1 - share) for row in rows.dev)
 
 
 def _print(results: dict[tuple[str, int], dict[str, Any]], seeds: tuple[int, ...]) -> None:

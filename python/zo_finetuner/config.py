@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from zo_finetuner.errors import InputError, nearest
-from zo_finetuner.optim import METHODS
+from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
+from zo_finetuner.optim import METHODS, check_method
 from zo_finetuner.probing import MODES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,11 +64,8 @@ class RunConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
         for name in ("lr", "eps"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive and finite, got {value}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay must be zero or positive, got {self.weight_decay}")
+            require_positive(name, getattr(self, name))
+        require_not_negative("weight_decay", self.weight_decay)
         for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,12 +76,11 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        for name, choices in (("optimizer", METHODS), ("probing", MODES), ("dtype", DTYPES)):
+        check_method(self.optimizer, self.pertnn or None)
+        for name, choices in (("probing", MODES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
-        if self.pertnn and self.optimizer != "zo-finetuner":
-            raise InputError(f"pertnn is set, but {self.optimizer} has no nets: use --optimizer zo-finetuner")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

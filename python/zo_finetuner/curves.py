@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from zo_finetuner.files import write_bytes
 
 
 def draw_curves(
@@ -43,7 +46,7 @@ def draw_curves(
         axes.legend(fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)
+    write_bytes(path, picture.getvalue())

@@ -13,14 +13,13 @@ the device (coefficient 0, no decay), counted, and reported at the next step.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.probing import make_probing
@@ -53,10 +52,8 @@ class Engine:
         weight_decay: float = 0.0,
         blocks: Blocks | None = None,
     ):
-        if not (math.isfinite(eps) and eps > 0):
-            raise InputError(f"eps must be positive and finite, got {eps}; 1e-3 is usual")
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise InputError(f"weight_decay must be zero or positive, got {weight_decay}")
+        require_positive("eps", eps, "; 1e-3 is usual")
+        require_not_negative("weight_decay", weight_decay)
         self.model, self.method = model, method
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
@@ -81,7 +78,7 @@ class Engine:
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
         """
-        self._require_in_place()
+        self._require_unmoved()
         self._report_skips()
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
@@ -105,7 +102,7 @@ class Engine:
         self.step_count += 1
         return request.loss
 
-    def _require_in_place(self) -> None:
+    def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
         for name, tensor, parameter in zip(self.blocks.names, self.blocks.tensors, self._parameters, strict=True):
             if not tensor.is_set_to(parameter):

@@ -7,11 +7,24 @@ The message names the file, row, field, tensor or key, and says how to mend it.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """Input that a user can mend: a file, a data row, an option, a model."""
+
+
+def require_positive(name: str, value: float, hint: str = "") -> None:
+    """InputError unless the value is above zero and finite."""
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be positive and finite, got {value}{hint}")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """InputError unless the value is zero or above, and finite."""
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{name} must be zero or positive, got {value}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -10,14 +10,23 @@ from typing import Any
 from zo_finetuner.errors import InputError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once; a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` at once; a reader sees the old file or the new one, never half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: os.replace is atomic there
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
 
 
 def make_folder(path: Path) -> None:

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_finetuner.engine import Engine, LossFn
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import require_positive
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import make_method
 from zo_finetuner.optim.mezo import MeZO
@@ -39,8 +38,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         probing: str = "auto",
         weight_decay: float = 0.0,
     ):
-        if not (math.isfinite(lr) and lr > 0):
-            raise InputError(f"lr must be positive and finite, got {lr}; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
+        require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
         blocks = trainable_blocks(model)
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr})
         self.engine = Engine(

@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.files import write_bytes
 from zo_finetuner.pertnn import INPUTS, PertNN
 from zo_finetuner.restricted_pickle import MAX_FILE, Module, describe, read_torch_file
 
@@ -130,17 +131,7 @@ def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
     content = safetensors_bytes(tensors, metadata={METADATA_KEY: text})
     if len(content) > _MAX_BYTES:
         raise InputError(f"{path}: would have {len(content)} bytes, at most {_MAX_BYTES} are read back")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: os.replace is atomic there
-    try:
-        with unfinished.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_bytes(path, content)
 
 
 def _load_safetensors(path: Path) -> tuple[PertNN, Card]:

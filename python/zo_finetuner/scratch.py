@@ -7,6 +7,7 @@ parameters' storages; an always-called forward hook swaps them back and frees th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -32,11 +33,7 @@ class ScratchProbing:
         self.model, self.blocks = model, blocks
         self.measure()
         self._parameters = {id(p): blocks.index[n] for n, p in model.named_parameters() if n in blocks.index}
-        self._modules = [
-            (name, module)
-            for name, module in model.named_modules()
-            if any(id(p) in self._parameters for p in module._parameters.values() if p is not None)
-        ]
+        self._modules = [m for m in model.modules() if any(id(p) in self._parameters for p in m._parameters.values())]
         self._stacks: dict[torch.device, _ScratchStack] = {}
         self._frames: list[_Frame] = []
         self._checked = False
@@ -51,9 +48,10 @@ class ScratchProbing:
     def at(self, probe: Probe) -> Iterator[None]:
         seed = seed_tensor(probe.direction.seed, self.blocks.device)
         check = contextlib.nullcontext() if self._checked else CoverageCheck(self.model, self.blocks)
+        own_reads = contextlib.nullcontext if self._checked else check.paused
 
         def swap_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            with check.paused() if isinstance(check, CoverageCheck) else contextlib.nullcontext():
+            with own_reads():
                 return self._swap_in(module, args, kwargs, probe, seed)
 
         def swap_out(module: nn.Module, args: tuple, output: object) -> None:
@@ -61,7 +59,7 @@ class ScratchProbing:
 
         handles = []
         try:
-            for _, module in self._modules:
+            for module in self._modules:
                 handles.append(module.register_forward_pre_hook(swap_in, with_kwargs=True))
                 handles.append(module.register_forward_hook(swap_out, always_call=True))
             with check:
@@ -90,20 +88,26 @@ class ScratchProbing:
             count = theta.shape[0] if rows is None else rows.shape[0]
             stack = self._stacks.setdefault(theta.device, _ScratchStack(theta.device))
             out = frame.take(stack, (count, *theta.shape[1:]), theta.dtype)
-            scale = probe.direction.scale
-            scratch(
-                theta,
-                out,
-                self.blocks.ids[block],
-                seed,
-                probe.coef,
-                None if scale is None else scale[block],
-                nearest_above=self._nearest_above[block],
-                rows=rows,
-                dist=probe.direction.dist,
-            )
+            self._write(theta, out, block, probe, seed, rows)
             frame.swap(parameter, out)
         return replaced
+
+    def _write(
+        self, theta: Tensor, out: Tensor, block: int, probe: Probe, seed: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """out = the perturbed theta (or rows of it) of a block; theta may be its leading elements."""
+        scale = probe.direction.scale
+        scratch(
+            theta,
+            out,
+            self.blocks.ids[block],
+            seed,
+            probe.coef,
+            None if scale is None else scale[block],
+            nearest_above=self._nearest_above[block],
+            rows=rows,
+            dist=probe.direction.dist,
+        )
 
     def _swap_out(self, module: nn.Module) -> None:
         if self._frames and self._frames[-1].module is module:
@@ -123,20 +127,11 @@ class ScratchProbing:
         shares = []
         for b, tensor in enumerate(self.blocks.tensors):
             theta = tensor.reshape(-1)[:SHARE_SAMPLE]
-            scale = None if probe.direction.scale is None else probe.direction.scale[b]
             out = torch.empty_like(theta)
-            scratch(
-                theta,
-                out,
-                self.blocks.ids[b],
-                seed,
-                probe.coef,
-                scale,
-                nearest_above=self._nearest_above[b],
-                dist=probe.direction.dist,
-            )
+            self._write(theta, out, b, probe, seed)
             z = draw_noise(theta.numel(), seed, self.blocks.ids[b], dist=probe.direction.dist).double()
-            step = probe.coef.double() * (1.0 if scale is None else scale.double())
+            scale = probe.direction.scale
+            step = probe.coef.double() * (1.0 if scale is None else scale[b].double())
             shares.append(((out.double() - theta.double()) * z).sum() / (step * (z * z).sum()))
         return torch.stack(shares).float()
 
@@ -193,10 +188,7 @@ class _ScratchStack:
         self._top = mark
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = 1
-        for size in shape:
-            numel *= size
-        size = numel * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         number, offset = self._top
         if number < len(self._buffers) and offset + size > self._buffers[number].numel() and offset:
             number, offset = number + 1, 0

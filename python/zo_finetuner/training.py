@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import shutil
 import time
@@ -33,8 +32,7 @@ from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.tasks import Task, get_task
-
-logger = logging.getLogger(__name__)
+from zo_finetuner.tasks.templates import Row
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
@@ -106,7 +104,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "eval_metric_before": before[task.metric],
         "eval_metric_after": after[task.metric],
         "eval_rows": after["n"],
-        "prior_loss": prior_loss(splits["train"], splits["test"]),
+        "prior_loss": prior_loss(task, rows.train, rows.test),
         "best_step": _best_step(trainer),
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
@@ -165,15 +163,15 @@ def _trainer(
     )
 
 
-def prior_loss(train: list[Encoded], test: list[Encoded]) -> float | None:
+def prior_loss(task: Task, train: list[Row], held_out: list[Row]) -> float | None:
     """Loss of always answering the training prior: -mean log p(label), p from the training rows.  None where
     candidates differ from row to row."""
-    if train[0].kind != "classification":
+    if task.kind != "classification":
         return None
-    counts = Counter(e.labels[0] for e in train)
-    classes = range(len(train[0].sequences))
+    counts = Counter(map(task.label, train))
+    classes = range(len(task.candidates(train[0])))
     smoothed = {label: (counts[label] + 1e-9) / (len(train) + 1e-9 * len(classes)) for label in classes}
-    return -sum(math.log(smoothed[e.labels[0]]) for e in test) / len(test)
+    return -sum(math.log(smoothed[task.label(row)]) for row in held_out) / len(held_out)
 
 
 def _check_output(out: Path, config: RunConfig) -> str | None:

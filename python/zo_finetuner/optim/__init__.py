@@ -1,7 +1,7 @@
 """Methods as small ask/tell classes; one file per family, one line in the table of `create`."""
 
 from zo_finetuner.optim.base import Direction, Method, Probe, StepContext, Update
-from zo_finetuner.optim.create import METHODS, make_method
+from zo_finetuner.optim.create import METHODS, check_method, make_method
 from zo_finetuner.optim.finetuner import ZOFineTuner
 from zo_finetuner.optim.mezo import MeZO
 
@@ -14,5 +14,6 @@ __all__ = [
     "StepContext",
     "Update",
     "ZOFineTuner",
+    "check_method",
     "make_method",
 ]

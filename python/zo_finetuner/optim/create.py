@@ -32,14 +32,19 @@ def make_method(
     """name: "mezo" or "zo-finetuner".  batch_size: examples per step, all micro-batches and ranks together (it sets
     the embedding's share of the perturbation).  pertnn: learned nets, a file of them, or None for fresh random nets
     (seeded with `seed`), which are a control and not a learned optimizer.  Raises InputError."""
-    if name not in _MAKERS:
-        raise InputError(f'unknown optimizer "{name}"{nearest(name, _MAKERS)}; there are: {", ".join(_MAKERS)}')
+    check_method(name, pertnn)
     return _MAKERS[name](model, batch_size=batch_size, seed=seed, pertnn=pertnn, normalize=normalize, dist=dist)
 
 
-def _mezo(model: nn.Module, *, pertnn: Any, dist: str, **_: Any) -> Method:
-    if pertnn is not None:
-        raise InputError('a PertNN file was given, but "mezo" has no nets; use --optimizer zo-finetuner')
+def check_method(name: str, pertnn: Any = None) -> None:
+    """InputError for an unknown name, and for nets given to a method that has none."""
+    if name not in _MAKERS:
+        raise InputError(f'unknown optimizer "{name}"{nearest(name, _MAKERS)}; there are: {", ".join(_MAKERS)}')
+    if pertnn is not None and name != ZOFineTuner.name:
+        raise InputError(f"pertnn is given, but {name} has no nets: use --optimizer {ZOFineTuner.name}")
+
+
+def _mezo(model: nn.Module, *, dist: str, **_: Any) -> Method:
     return MeZO(dist=dist)
 
 

@@ -6,7 +6,7 @@
 
 State: 3 numbers per block (449 weights per block in the nets).  Forwards per step: 2.
 Deviation: the product nu * sigma_b is rounded to fp16 before it is used (`exact_scales` switches that off), so that a
-journal holds exactly what was applied in 2 bytes a block.  A non-finite loss leaves the recurrent inputs as they were.
+journal holds exactly what was applied in 2 bytes a block.  A non-finite loss is not fed back.
 """
 
 from __future__ import annotations
