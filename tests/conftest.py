@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The development data beside the repository (golden traces, real rows, small models); skips when absent."""
-    path = Path(os.environ.get("ZO_SHARED", ROOT.parent / "shared"))
+    path = Path(os.environ.get("ZO_DATA", ROOT.parent / "shared"))
     if not (path / "golden").is_dir():
-        pytest.skip(f"development data not found at {path} (set ZO_SHARED)")
+        pytest.skip(f"development data not found at {path} (set ZO_DATA)")
     return path
 
 

@@ -4,10 +4,10 @@ Knows tensors, seeds and dtypes; imports torch and nothing above it.  `ops` has 
 `noise` the contract that makes a direction a pure function, `backends/` their implementations.
 """
 
-from zo_kernels.blocks import Blocks
+from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.dispatch import BACKENDS, backend_name, use_backend, why_unavailable
 from zo_kernels.noise import NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
-from zo_kernels.ops import block_stats, perturb_, scratch, seed_tensor, update_, words
+from zo_kernels.ops import block_stats, dot_noise, perturb_, scratch, seed_tensor, update_, update_scratch_, words
 from zo_kernels.ops import noise as draw_noise
 from zo_kernels.rounding import ulp
 
@@ -15,11 +15,13 @@ __all__ = [
     "BACKENDS",
     "NOISE_VERSION",
     "ROUNDING_PROBE",
+    "BlockStats",
     "Blocks",
     "backend_name",
     "block_stats",
     "canonical_name",
     "derive_seed",
+    "dot_noise",
     "draw_noise",
     "perturb_",
     "scratch",
@@ -27,6 +29,7 @@ __all__ = [
     "tensor_ids",
     "ulp",
     "update_",
+    "update_scratch_",
     "use_backend",
     "why_unavailable",
     "words",

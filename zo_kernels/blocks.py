@@ -4,6 +4,7 @@ and the global index of its first element.  Ops take a `Blocks`, so that one cal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,23 @@ from torch import Tensor
 from zo_kernels.noise import tensor_ids
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BlockStats(NamedTuple):
+    """Statistics of every block: vectors of one value per block.  mean, var (unbiased; 0 for one element) and norm
+    (Euclidean) are fp32, accumulated across chunks in fp64, and NaN in a block that has a non-finite element;
+    nonfinite (int64) counts those.  An empty block has mean NaN, var 0 and norm 0."""
+
+    mean: Tensor
+    var: Tensor
+    norm: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def empty(cls, count: int, device: torch.device) -> BlockStats:
+        """Uninitialised, for an op to fill."""
+        floats = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
+        return cls(*floats, torch.empty(count, dtype=torch.int64, device=device))
 
 
 class Blocks:
@@ -21,7 +39,8 @@ class Blocks:
     offsets: per block, the global index of the tensor's first element (a shard of a larger tensor); default 0.
 
     Raises ValueError naming the tensor: not floating (int8 bases train adapters instead), another device,
-    listed twice, or sharing its memory with another block (tie them to one name first).
+    listed twice, sharing its memory with another block (tie them to one name first), storage freed.  Every op
+    checks again (`refresh`) when a tensor has moved since.
     """
 
     def __init__(
@@ -37,15 +56,26 @@ class Blocks:
         self.ids = [ids[name] for name in self.names]
         self.offsets = list(offsets) if offsets is not None else [0] * len(pairs)
         self.numels = [tensor.numel() for tensor in self.tensors]
-        self._check()
+        self.addresses: tuple[int, ...] = ()
+        self.refresh()
         self.index = {name: i for i, name in enumerate(self.names)}
+
+    def refresh(self) -> tuple[int, ...]:
+        """The tensors' addresses, checked again if any has changed (`param.data = ...`, `module.to()`, a storage
+        freed by a sharding wrapper).  The same tuple object as long as nothing moved: backends key their tables on
+        it.  0.1 us a tensor."""
+        addresses = tuple(map(Tensor.data_ptr, self.tensors)) if self.device.type != "meta" else ()
+        if addresses != self.addresses or not addresses:
+            self._check()
+            self.addresses = addresses
+        return self.addresses
 
     def _check(self) -> None:
         if len(set(self.names)) != len(self.names):
             twice = next(n for n in self.names if self.names.count(n) > 1)
             raise ValueError(f"block {twice!r} is listed twice")
         spans = []
-        for name, tensor in zip(self.names, self.tensors, strict=True):
+        for name, tensor, numel in zip(self.names, self.tensors, self.numels, strict=True):
             if tensor.dtype not in DTYPES:
                 raise ValueError(
                     f"{name} is {str(tensor.dtype).removeprefix('torch.')}: zeroth-order steps need a float32, "
@@ -53,10 +83,10 @@ class Blocks:
                 )
             if tensor.device != self.tensors[0].device:
                 raise ValueError(f"{name} is on {tensor.device}, {self.names[0]} on {self.tensors[0].device}")
+            if tensor.numel() != numel:
+                raise ValueError(f"{name} has {tensor.numel()} elements now, {numel} when it was listed: list it again")
             if tensor.numel() and tensor.device.type != "meta":
-                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                start = tensor.data_ptr()
-                spans.append((start, start + (last + 1) * tensor.element_size(), name))
+                spans.append((*memory_span(tensor, name), name))
         spans.sort()
         for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
             if start < end:
@@ -68,3 +98,16 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+
+def memory_span(tensor: Tensor, name: str) -> tuple[int, int]:
+    """First and one past the last byte that a tensor's elements occupy.  ValueError naming a tensor whose storage is
+    too small for it (freed by a sharding wrapper, say): a kernel would read foreign memory."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    bytes_needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < bytes_needed:
+        raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it before this call")
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()

@@ -1,7 +1,8 @@
 """Which backend runs an op: the tensor's device decides, `ZO_BACKEND` or `use_backend()` override.
 
     cpu tensors   -> cpu (C++, `zo_kernels._C`) where it was built, else reference
-    cuda tensors  -> triton where it is installed, else reference
+    cuda tensors  -> triton where it is installed, else reference;
+                     block_stats -> cuda (`zo_kernels._cuda`, that op alone) where it was built, else as the others
 
 Import touches neither CUDA nor Triton: a backend module is imported at its first use.
 """
@@ -16,7 +17,8 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ONLY = {"cuda": {"block_stats"}}  # backends that have some of the ops; the others go where the device decides
 
 _override: str | None = None
 
@@ -28,6 +30,8 @@ def why_unavailable(name: str) -> str | None:
             "zo_kernels._C is not built: install a C++17 compiler, then `pip install -e .` "
             "(ZO_BUILD_EXT=1 shows why a build fails)"
         )
+    if name == "cuda" and importlib.util.find_spec("zo_kernels._cuda") is None:
+        return "zo_kernels._cuda is not built: install the CUDA toolkit (nvcc), then `pip install -e .`"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     return None
@@ -54,14 +58,17 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-def backend_name(device_type: str) -> str:
-    """The backend that ops on this device type ("cpu", "cuda") use now."""
+def backend_name(device_type: str, op: str = "update_") -> str:
+    """The backend that an op on this device type ("cpu", "cuda") uses now."""
     chosen = _override or os.environ.get("ZO_BACKEND")
     if chosen:
         reason = why_unavailable(_known(chosen))
         if reason:
             raise ValueError(f"backend {chosen!r} is not available: {reason}")
-        return chosen
+        if op in ONLY.get(chosen, {op}):
+            return chosen
+    if device_type == "cuda" and op in ONLY["cuda"] and not chosen and why_unavailable("cuda") is None:
+        return "cuda"
     name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     reason = why_unavailable(name)
     if reason:
@@ -71,5 +78,5 @@ def backend_name(device_type: str) -> str:
     return name
 
 
-def backend(device_type: str) -> ModuleType:
-    return importlib.import_module(f"zo_kernels.backends.{backend_name(device_type)}")
+def backend(device_type: str, op: str = "update_") -> ModuleType:
+    return importlib.import_module(f"zo_kernels.backends.{backend_name(device_type, op)}")

@@ -1,15 +1,20 @@
 """The ops: what a zeroth-order step does to weights.  Signatures, equations, argument checks, dispatch.
 
-    perturb_      theta_b += coef * scale_b * z_b                   in place, rounded to nearest
-    update_       theta_b  = sr(decay * theta_b + sum_k coef_k * scale_b * z_kb)    one read, one write of theta
-    scratch       out = round(theta + coef * scale_b * z_b)         theta is only read
-    block_stats   mean and unbiased variance of every block
-    noise, words  z itself, and the Philox words behind it (tests, audits)
+                    per tensor b, z_kb = `zo_kernels.noise` at (seed_k, tensor id of b, element)      bytes, 16-bit
+    perturb_        theta += coef * scale_b * z_b              in place, rounded to nearest                 4
+    update_         theta  = round(decay * theta + sum_k coef_k * scale_kb * z_kb)                          4, any K
+    scratch         out = round(theta + coef * scale * z)      theta is only read                           4
+                    and mirror = round(theta - coef * scale * z), from the same read                        6
+    update_scratch_ an update, and from the new theta the next probe's scratch (and mirror)                 6 (8)
+    dot_noise       sum over elements of x_b * z_kb                                                         2
+    block_stats     mean, unbiased variance, norm, non-finite count                                         2
 
-z_kb is `zo_kernels.noise` at (seed_k, tensor id of b, element index).  Arithmetic is fp32: acc = fl32(theta), with
-decay acc = fl32(acc * decay), then in order of k acc = fma(fl32(coef_k * scale_b), z_kb, acc), then one rounding.
-Seeds, coefficients and scales are device tensors; no op waits for the host.  Bytes moved per element of a 16-bit
-tensor: perturb_ 4, update_ 4 (any K), scratch 4, block_stats 2.
+`stats=True` lets the statistics of what a pass leaves in theta (of x, for dot_noise) ride on it.  A two-noise pass
+(way back, update and next perturbation of weights that are probed in place) is an `update_` with two seeds.
+
+Arithmetic is fp32: acc = fl32(theta), with decay acc = fl32(acc * decay), then in order of k
+acc = fma(fl32(coef_k * scale_kb), z_kb, acc), then one rounding.  Seeds, coefficients and scales are device tensors; no
+op waits for the host.  Errors come before any weight is touched and name the tensor or the argument.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zo_kernels.blocks import DTYPES, Blocks
+from zo_kernels.blocks import DTYPES, Blocks, BlockStats, memory_span
 from zo_kernels.dispatch import backend
 from zo_kernels.noise import DISTRIBUTIONS
 
@@ -51,13 +56,41 @@ def _require_dist(dist: str) -> None:
         raise ValueError(f"unknown distribution {dist!r}; there are: {', '.join(DISTRIBUTIONS)}")
 
 
-def _require_step(blocks: Blocks, seeds: Tensor, coefs: Tensor, scale: Tensor | None, dist: str) -> None:
+def _require_optional(values: dict[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> None:
+    for name, value in values.items():
+        if value is not None:
+            _require(value, name, dtype, (), device)
+
+
+def _require_directions(
+    seeds: Tensor, coefs: Tensor | None, scale: Tensor | None, one: tuple[int, ...], device: torch.device, dist: str
+) -> None:
+    """K seeds, K coefs, and a scale of shape `one` (for all directions) or (K, *one)."""
     _require_dist(dist)
     count = seeds.shape[0] if seeds.dim() == 1 else -1
-    _require(seeds, "seeds", torch.int64, (max(count, 1),), blocks.device)
-    _require(coefs, "coefs", torch.float32, (count,), blocks.device)
+    _require(seeds, "seeds", torch.int64, (max(count, 1),), device)
+    if coefs is not None:
+        _require(coefs, "coefs", torch.float32, (count,), device)
     if scale is not None:
-        _require(scale, "scale", torch.float32, (len(blocks),), blocks.device)
+        _require(scale, "scale", torch.float32, one if scale.dim() == len(one) else (count, *one), device)
+
+
+def _require_apart(**tensors: Tensor | None) -> None:
+    """Every tensor has its storage, and no two overlap."""
+    spans = sorted((*memory_span(t, name), name) for name, t in tensors.items() if t is not None)
+    for (_, end, name), (start, stop, other) in zip(spans, spans[1:], strict=False):
+        if start < end and stop > start:
+            raise ValueError(f"{name} and {other} share memory")
+
+
+def _require_scratch(theta: Tensor, out: Tensor, mirror: Tensor | None, rows: Tensor | None) -> None:
+    if theta.dtype not in DTYPES or not theta.is_contiguous():
+        raise ValueError(f"theta must be a contiguous float32, bfloat16 or float16 tensor, got {theta.dtype}")
+    shape = tuple(theta.shape) if rows is None else (rows.shape[0], *theta.shape[1:])
+    _require(out, "out", theta.dtype, shape, theta.device)
+    if mirror is not None:
+        _require(mirror, "mirror", theta.dtype, shape, theta.device)
+    _require_apart(theta=theta, out=out, mirror=mirror)
 
 
 @torch.no_grad()
@@ -83,18 +116,24 @@ def update_(
     decay: Tensor | None = None,
     rounding_seed: Tensor | None = None,
     dist: str = "normal",
-) -> None:
+    stats: bool = False,
+) -> BlockStats | None:
     """theta_b = round(decay * theta_b + sum_k coefs[k] * scale_b * z_kb), one read and one write of theta.
 
-    seeds: (K,) int64; coefs: (K,) fp32; scale: (len(blocks),) fp32 or None; decay: 0-dim fp32, usually
-    fl32(1 - lr * weight_decay); rounding_seed: 0-dim int64, the step's rounding seed: 16-bit weights are then
-    rounded stochastically, without it to nearest.  fp32 weights are never rounded again."""
-    _require_step(blocks, seeds, coefs, scale, dist)
-    if decay is not None:
-        _require(decay, "decay", torch.float32, (), blocks.device)
-    if rounding_seed is not None:
-        _require(rounding_seed, "rounding_seed", torch.int64, (), blocks.device)
-    backend(blocks.device.type).axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist)
+    seeds: (K,) int64; coefs: (K,) fp32; scale: (len(blocks),) fp32, (K, len(blocks)) for a scale per direction, or
+    None; decay: 0-dim fp32, usually fl32(1 - lr * weight_decay); rounding_seed: 0-dim int64, the step's rounding seed:
+    16-bit weights are then rounded stochastically, without it to nearest.  fp32 weights are never rounded again.
+    stats: return the statistics of the new weights, made in the same pass.
+
+    Weights displaced by c * z_t, to be restored, updated by u * z_t and displaced by c' * z_t+1, take one pass:
+    seeds (t, t+1), coefs (u - decay * c, c')."""
+    blocks.refresh()
+    _require_directions(seeds, coefs, scale, (len(blocks),), blocks.device, dist)
+    _require_optional({"decay": decay}, torch.float32, blocks.device)
+    _require_optional({"rounding_seed": rounding_seed}, torch.int64, blocks.device)
+    result = BlockStats.empty(len(blocks), blocks.device) if stats else None
+    backend(blocks.device.type).axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, result)
+    return result
 
 
 @torch.no_grad()
@@ -106,40 +145,94 @@ def scratch(
     coef: Tensor,
     scale: Tensor | None = None,
     *,
+    mirror: Tensor | None = None,
     nearest_above: Tensor | None = None,
     rows: Tensor | None = None,
     dist: str = "normal",
-) -> None:
+    stats: bool = False,
+) -> BlockStats | None:
     """out = round(theta + coef * scale * z); theta is only read.
 
     theta: contiguous, any of fp32/bf16/fp16; out: same dtype and shape, or (len(rows), *theta.shape[1:]) with rows:
     an int64 vector of row numbers (an embedding's looked-up tokens, a head's candidates; repeats allowed): row i of
     out is the perturbed row rows[i] of theta, with the noise of its place in theta.
-    seed: 0-dim int64; coef, scale: 0-dim fp32.  nearest_above: 0-dim fp32; 16-bit results are rounded to nearest
-    where |coef * scale| >= nearest_above and stochastically (bits of the same seed) below; None: always nearest.
-    Round-to-nearest in bf16 realises only 23 % of a perturbation of 1e-3 on a weight of 1.0."""
+    seed: 0-dim int64; coef, scale: 0-dim fp32.  mirror: like out, gets the other sign from the same read, its rounding
+    decided by the same bits.  nearest_above: 0-dim fp32; 16-bit results are rounded to nearest where
+    |coef * scale| >= nearest_above and stochastically (bits of the same seed) below; None: always nearest.
+    Round-to-nearest in bf16 realises only 23 % of a perturbation of 1e-3 on a weight of 1.0.
+    stats: return the statistics of theta, vectors of one value (not with rows, which read a part of it)."""
     _require_dist(dist)
-    if theta.dtype not in DTYPES or not theta.is_contiguous():
-        raise ValueError(f"theta must be a contiguous float32, bfloat16 or float16 tensor, got {theta.dtype}")
-    shape = tuple(theta.shape) if rows is None else (rows.shape[0], *theta.shape[1:])
-    _require(out, "out", theta.dtype, shape, theta.device)
+    _require_scratch(theta, out, mirror, rows)
     _require(seed, "seed", torch.int64, (), theta.device)
     _require(coef, "coef", torch.float32, (), theta.device)
     if rows is not None:
         _require(rows, "rows", torch.int64, (rows.shape[0],), theta.device)
-    for value, name in ((scale, "scale"), (nearest_above, "nearest_above")):
-        if value is not None:
-            _require(value, name, torch.float32, (), theta.device)
-    backend(theta.device.type).scratch(theta, out, tensor_id, seed, coef, scale, nearest_above, rows, dist)
+        if stats:
+            raise ValueError("stats need all of theta, and rows read a part of it")
+    _require_optional({"scale": scale, "nearest_above": nearest_above}, torch.float32, theta.device)
+    result = BlockStats.empty(1, theta.device) if stats else None
+    backend(theta.device.type).scratch(
+        theta, out, mirror, tensor_id, seed, coef, scale, nearest_above, rows, dist, result
+    )
+    return result
 
 
 @torch.no_grad()
-def block_stats(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of every block: two fp32 tensors of shape (len(blocks),), accumulated in fp64.
-    A block of one element has variance 0."""
-    mean, var = (torch.empty(len(blocks), dtype=torch.float32, device=blocks.device) for _ in range(2))
-    backend(blocks.device.type).block_stats(blocks, mean, var)
-    return mean, var
+def update_scratch_(
+    theta: Tensor,
+    out: Tensor,
+    tensor_id: int,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    next_seed: Tensor,
+    next_coef: Tensor,
+    next_scale: Tensor | None = None,
+    *,
+    mirror: Tensor | None = None,
+    decay: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
+    nearest_above: Tensor | None = None,
+    dist: str = "normal",
+    stats: bool = False,
+) -> BlockStats | None:
+    """`update_` of one tensor and `scratch` of the new weights with the next direction, in one pass; the same bits as
+    the two calls.  seeds, coefs (K,), scale: 0-dim or (K,) fp32, decay and rounding_seed belong to the update;
+    next_seed, next_coef, next_scale, mirror and nearest_above to the scratch.  stats: of the new weights."""
+    _require_scratch(theta, out, mirror, None)
+    _require_directions(seeds, coefs, scale, (), theta.device, dist)
+    _require_optional({"next_seed": next_seed, "rounding_seed": rounding_seed}, torch.int64, theta.device)
+    floats = {"next_coef": next_coef, "next_scale": next_scale, "decay": decay, "nearest_above": nearest_above}
+    _require_optional(floats, torch.float32, theta.device)
+    result = BlockStats.empty(1, theta.device) if stats else None
+    backend(theta.device.type).update_scratch_(
+        theta, out, mirror, tensor_id, seeds, coefs, scale, decay, rounding_seed,
+        next_seed, next_coef, next_scale, nearest_above, dist, result,
+    )  # fmt: skip
+    return result
+
+
+@torch.no_grad()
+def dot_noise(
+    blocks: Blocks, seeds: Tensor, *, dist: str = "normal", stats: bool = False
+) -> Tensor | tuple[Tensor, BlockStats]:
+    """<x_b, z_kb> for every block (gradients under their parameters' names, say) and K seeds: fp32 (K, len(blocks)),
+    products in fp32, summed across chunks in fp64, in a fixed order.  stats: also the statistics of x."""
+    blocks.refresh()
+    _require_directions(seeds, None, None, (len(blocks),), blocks.device, dist)
+    out = torch.empty((seeds.shape[0], len(blocks)), dtype=torch.float32, device=blocks.device)
+    result = BlockStats.empty(len(blocks), blocks.device) if stats else None
+    backend(blocks.device.type).dot_noise(blocks, seeds, out, dist, result)
+    return out if result is None else (out, result)
+
+
+@torch.no_grad()
+def block_stats(blocks: Blocks) -> BlockStats:
+    """Mean, unbiased variance, norm and non-finite count of every block, in one read; deterministic."""
+    blocks.refresh()
+    stats = BlockStats.empty(len(blocks), blocks.device)
+    backend(blocks.device.type, "block_stats").block_stats(blocks, stats)
+    return stats
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zo_kernels import BlockStats
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -50,13 +52,13 @@ class Update:
 @dataclass(frozen=True)
 class StepContext:
     """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: probe number -> seed;
-    block_stats: () -> (mean, unbiased var), each (blocks,) fp32, of the unperturbed weights (one read of them)."""
+    block_stats: () -> `zo_kernels.BlockStats` of the unperturbed weights (one read of them)."""
 
     step: int
     lr: Tensor
     eps: Tensor
     seed: Callable[[int], int]
-    block_stats: Callable[[], tuple[Tensor, Tensor]]
+    block_stats: Callable[[], BlockStats]
 
 
 @dataclass

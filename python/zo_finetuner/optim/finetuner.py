@@ -40,8 +40,8 @@ class ZOFineTuner(Method):
 
     @torch.no_grad()
     def ask(self, context: StepContext) -> list[Probe]:
-        mean, var = context.block_stats()
-        self.sigma = self.nets(mean, var, self.losses[0], self.losses[1], self.sigma)
+        stats = context.block_stats()
+        self.sigma = self.nets(stats.mean, stats.var, self.losses[0], self.losses[1], self.sigma)
         norm = torch.ones_like(self.sigma[0]) if self.budget is None else normalizer(self.sigma, self.budget)
         scale = (norm * self.sigma).float()
         if not self.exact_scales:
