@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from sass import CUOBJDUMP, Kernel, accesses, offline, per_element  # noqa: E402
+from bench.sass import CUOBJDUMP, Kernel, accesses, offline, per_element  # noqa: E402
 
 from zo_kernels.backends import triton as backend  # noqa: E402
 
