@@ -33,9 +33,9 @@ def refuses(message: str):
     ),
 )
 def test_a_scale_has_one_fp32_value_per_block_on_the_blocks_device(bad):
-    with refuses(r"scale must be float32 of shape \(2,\) on cpu, got"):
+    with refuses(r"scale must be float32 of shape \((?:1, )?2,?\) on cpu, got"):
         zk.perturb_(blocks(), SEED, COEF, bad)
-    with refuses(r"scale must be float32 of shape \(2,\) on cpu, got"):
+    with refuses(r"scale must be float32 of shape \((?:2, )?2,?\) on cpu, got"):
         zk.update_(blocks(), SEEDS, COEFS, bad)
 
 
@@ -112,6 +112,70 @@ def test_memory_is_listed_once():
         with refuses("head and embed share memory|embed and head share memory"):
             zk.Blocks([("embed", first), ("head", second)])
     assert len(zk.Blocks([("left", storage[:5]), ("right", storage[5:])])) == 2
+
+
+def test_a_block_that_lost_its_storage_is_named():
+    """A sharding wrapper frees storages behind the parameter's back; nothing is written to any block."""
+    named = blocks()
+    named.tensors[1].untyped_storage().resize_(0)
+    for call in (
+        lambda: zk.perturb_(named, SEED, COEF),
+        lambda: zk.dot_noise(named, SEEDS),
+        lambda: zk.block_stats(named),
+    ):
+        with refuses("a.bias has lost its storage .*gather or reload it"):
+            call()
+    assert not named.tensors[0].any()
+
+
+def test_a_block_that_changed_since_it_was_listed_is_named():
+    named, parameter = blocks(), torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    later = zk.Blocks([("w", parameter)])
+    parameter.data = torch.zeros(5)
+    with refuses("w has 5 elements now, 4 when it was listed: list it again"):
+        zk.update_(later, SEEDS, COEFS)
+    parameter.data = torch.zeros(4, dtype=torch.int32)
+    with refuses("w is int32: "):
+        zk.update_(later, SEEDS, COEFS)
+    first = named.refresh()
+    assert named.refresh() is first  # what backends key their tables on
+
+
+def test_an_expanded_view_is_refused():
+    with refuses(r"w repeats its elements \(an expanded view\)"):
+        zk.Blocks([("w", torch.zeros(3, 1).expand(3, 4))])
+
+
+def test_a_scratch_is_not_part_of_theta():
+    storage = torch.zeros(20)
+    for out, mirror, message in (
+        (storage[:10], None, "theta and out share memory|out and theta share memory"),
+        (storage[5:15], None, "theta and out share memory|out and theta share memory"),
+        (storage[10:], storage[10:], "out and mirror share memory|mirror and out share memory"),
+    ):
+        with refuses(message):
+            zk.scratch(storage[:10], out, 1, SEED, COEF, mirror=mirror)
+        with refuses(message):
+            zk.update_scratch_(storage[:10], out, 1, SEEDS, COEFS, None, SEED, COEF, mirror=mirror)
+    assert not storage.any()
+
+
+def test_a_fused_update_names_the_argument_that_is_wrong():
+    theta, out = torch.zeros(8), torch.ones(8)
+    good = {"seeds": SEEDS, "coefs": COEFS, "scale": None, "next_seed": SEED, "next_coef": COEF}
+    for name, bad in (
+        ("coefs", COEFS[:1]), ("scale", torch.ones(3)), ("next_seed", SEEDS), ("next_coef", COEFS),
+        ("next_scale", COEFS), ("decay", COEFS), ("rounding_seed", SEEDS), ("nearest_above", COEFS),
+    ):  # fmt: skip
+        with refuses(f"{name} must be"):
+            zk.update_scratch_(theta, out, 1, **good | {name: bad})
+    with refuses("mirror must be float32 of shape"):
+        zk.update_scratch_(theta, out, 1, **good, mirror=torch.ones(4))
+    with refuses("seeds must be int64"):
+        zk.dot_noise(blocks(), SEED)
+    with refuses("stats need all of theta"):
+        zk.scratch(torch.zeros(4, 4), torch.zeros(1, 4), 1, SEED, COEF, rows=torch.tensor([0]), stats=True)
+    assert not theta.any()
 
 
 def test_an_unknown_backend_is_named_with_those_that_exist(monkeypatch):

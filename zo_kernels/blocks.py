@@ -39,8 +39,8 @@ class Blocks:
     offsets: per block, the global index of the tensor's first element (a shard of a larger tensor); default 0.
 
     Raises ValueError naming the tensor: not floating (int8 bases train adapters instead), another device,
-    listed twice, sharing its memory with another block (tie them to one name first), storage freed.  Every op
-    checks again (`refresh`) when a tensor has moved since.
+    listed twice, sharing its memory with another block (tie them to one name first), an expanded view, or without
+    its storage.  Every op checks again (`refresh`) when a tensor has moved since.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Blocks:
                 raise ValueError(f"{name} is on {tensor.device}, {self.names[0]} on {self.tensors[0].device}")
             if tensor.numel() != numel:
                 raise ValueError(f"{name} has {tensor.numel()} elements now, {numel} when it was listed: list it again")
+            if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ValueError(f"{name} repeats its elements (an expanded view): pass the tensor that it expands")
             if tensor.numel() and tensor.device.type != "meta":
                 spans.append((*memory_span(tensor, name), name))
         spans.sort()

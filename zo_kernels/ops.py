@@ -77,7 +77,7 @@ def _require_directions(
 
 def _require_apart(**tensors: Tensor | None) -> None:
     """Every tensor has its storage, and no two overlap."""
-    spans = sorted((*memory_span(t, name), name) for name, t in tensors.items() if t is not None)
+    spans = sorted((*memory_span(t, name), name) for name, t in tensors.items() if t is not None and not t.is_meta)
     for (_, end, name), (start, stop, other) in zip(spans, spans[1:], strict=False):
         if start < end and stop > start:
             raise ValueError(f"{name} and {other} share memory")

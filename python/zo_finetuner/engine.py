@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.params import trainable_blocks
+from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
 from zo_kernels import NOISE_VERSION, ROUNDING_PROBE, Blocks, block_stats, derive_seed, seed_tensor
 
@@ -86,14 +87,17 @@ class Engine:
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
         try:
-            request = self.method.ask(context)
+            with phase("ask"):
+                request = self.method.ask(context)
             if self.step_count == 0:
                 self._report_share(request[0])
             while not isinstance(request, Update):
                 losses = torch.stack([self._evaluate(probe, loss_fn) for probe in request])
                 finite = torch.isfinite(losses).all()
-                request = self.method.tell(losses)
-            self._apply(request, finite, context.lr)
+                with phase("tell"):
+                    request = self.method.tell(losses)
+            with phase("update"):
+                self._apply(request, finite, context.lr)
         except BaseException:
             self.probing.restore()
             raise
@@ -118,7 +122,7 @@ class Engine:
         )
 
     def _evaluate(self, probe: Probe, loss_fn: LossFn) -> Tensor:
-        with self.probing.at(probe):
+        with phase("probe"), self.probing.at(probe), phase("forward"):
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 

@@ -44,13 +44,13 @@ class InPlaceProbing:
             perturb_(self.blocks, seed, -here.coef, here.direction.scale, dist=here.direction.dist)
 
     def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
-        here = self._displaced
-        if here is not None and (decay is not None or here.direction is not update.terms[0][0]):
-            self.restore()  # the way back is part of this pass only along the same direction, and before any decay
-            here = None
-        self._displaced = None
-        way_back = [] if here is None else [(here.direction, -here.coef)]
-        apply_terms(self.blocks, way_back + update.terms, decay, rounding_seed)
+        here, self._displaced = self._displaced, None
+        terms = update.terms
+        if here is not None:
+            # decay * (theta + c z) - decay * c z: the way back shares the pass, whatever the update's directions are.
+            back = -here.coef if decay is None else -here.coef * decay
+            terms = [(here.direction, back), *terms]
+        apply_terms(self.blocks, terms, decay, rounding_seed)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

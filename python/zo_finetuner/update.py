@@ -12,14 +12,19 @@ from zo_kernels import Blocks, seed_tensor, update_
 def apply_terms(
     blocks: Blocks, terms: list[tuple[Direction, Tensor]], decay: Tensor | None, rounding_seed: Tensor
 ) -> None:
-    """theta = round(decay * theta + sum coef * direction); all terms share one scale and one distribution.
+    """theta = round(decay * theta + sum coef * direction), in the order of the terms; one distribution.
 
-    coefs: 0-dim fp32; decay: 0-dim fp32 or None; rounding_seed: 0-dim int64.  Raises ValueError for mixed scales."""
+    coefs: 0-dim fp32; decay: 0-dim fp32 or None; rounding_seed: 0-dim int64.  Raises ValueError for two distributions."""
     if not terms:
         return
-    first = terms[0][0]
-    if any(d.scale is not first.scale or d.dist != first.dist for d, _ in terms):
-        raise ValueError("all terms of an update share one per-block scale and one distribution")
-    seeds = seed_tensor([d.seed for d, _ in terms], blocks.device)
+    directions = [direction for direction, _ in terms]
+    first = directions[0]
+    if any(d.dist != first.dist for d in directions):
+        raise ValueError("all terms of an update share one distribution")
+    seeds = seed_tensor([d.seed for d in directions], blocks.device)
     coefs = torch.stack([coef for _, coef in terms])
-    update_(blocks, seeds, coefs, first.scale, decay=decay, rounding_seed=rounding_seed, dist=first.dist)
+    scale = first.scale
+    if any(d.scale is not scale for d in directions):
+        ones = torch.ones(len(blocks), dtype=torch.float32, device=blocks.device)
+        scale = torch.stack([ones if d.scale is None else d.scale for d in directions])
+    update_(blocks, seeds, coefs, scale, decay=decay, rounding_seed=rounding_seed, dist=first.dist)

@@ -1,0 +1,61 @@
+"""An update as one pass over the weights, and the phases of a step as a profiler sees them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_engine import EPS, Quadratic
+
+from zo_finetuner.engine import Engine
+from zo_finetuner.optim import MeZO
+from zo_finetuner.optim.base import Direction
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.update import apply_terms
+from zo_kernels import draw_noise, seed_tensor
+
+DECAY = torch.tensor(0.95)
+
+
+def test_terms_with_their_own_scales_share_one_pass():
+    model = Quadratic()
+    blocks = trainable_blocks(model)
+    scales = [torch.tensor([0.5, 2.0]), None, torch.tensor([1.5, 0.1])]
+    terms = [(Direction(seed, scale), torch.tensor(0.1 * seed)) for seed, scale in enumerate(scales, start=1)]
+    want = [tensor.detach().double() * DECAY.double() for tensor in blocks.tensors]
+    for direction, coef in terms:
+        for b, (name, block) in enumerate(zip(blocks.names, want, strict=True)):
+            z = draw_noise(tuple(block.shape), seed_tensor(direction.seed), blocks.ids[blocks.index[name]])
+            block += coef * (1 if direction.scale is None else direction.scale[b]) * z.double()
+    apply_terms(blocks, terms, DECAY, seed_tensor(1))
+    for ours, theirs in zip(blocks.tensors, want, strict=True):
+        assert (ours - theirs).abs().max() < 5 * 2**-24 * 4  # four roundings of values below 4
+    with pytest.raises(ValueError, match="share one distribution"):
+        apply_terms(blocks, [*terms, (Direction(9, dist="rademacher"), DECAY)], None, seed_tensor(1))
+
+
+def test_the_way_back_shares_the_updates_pass_under_weight_decay(monkeypatch):
+    """In place: decay * (theta - eps z) + (decay * eps - lr g) z.  Three passes over the weights, none of its own for
+    the way back, and the weights of a scratch run but for rounding."""
+    import zo_finetuner.inplace as inplace
+
+    passes, perturb = [], inplace.perturb_
+    monkeypatch.setattr(inplace, "perturb_", lambda *a, **k: (passes.append(1), perturb(*a, **k)))
+    weights = {}
+    for mode in ("inplace", "scratch"):
+        model = Quadratic()
+        engine = Engine(model, MeZO(), eps=EPS, weight_decay=0.5, probing=mode)
+        for _ in range(3):
+            engine.step(model, 0.1)
+        weights[mode] = model.theta().detach()
+    assert len(passes) == 3 * 2  # the third pass of a step is the update
+    assert (weights["inplace"] - weights["scratch"]).abs().max() < 1e-4
+    assert not torch.equal(weights["scratch"], Quadratic().theta())
+
+
+def test_a_profiler_sees_the_phases_of_a_step():
+    model = Quadratic()
+    engine = Engine(model, MeZO(), eps=EPS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.step(model, 0.1)
+    seen = [e.name for e in sorted(profile.events(), key=lambda e: e.time_range.start) if e.name.startswith("zo.")]
+    assert seen == ["zo.ask", "zo.probe", "zo.forward", "zo.probe", "zo.forward", "zo.tell", "zo.update"]
