@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 import torch
@@ -195,6 +196,25 @@ def test_an_unavailable_backend_says_what_to_install(monkeypatch):
     monkeypatch.delenv("ZO_BACKEND", raising=False)
     with pytest.warns(UserWarning, match="ops on cpu tensors run in plain torch, slowly: zo_kernels._C is not built"):
         assert zk.backend_name("cpu") == "reference"
+
+
+def test_a_gpu_too_old_for_the_cuda_module_gets_its_statistics_from_triton(monkeypatch):
+    import zo_kernels.dispatch as dispatch
+
+    def refuses_to_load(device):
+        raise RuntimeError("block_stats: cudaErrorNoKernelImageForDevice")
+
+    module = types.SimpleNamespace(load_kernels=lambda device: None, __spec__=types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "zo_kernels._cuda", module)
+    monkeypatch.setattr(zk, "_cuda", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "_loads", dispatch._loads.__wrapped__)
+    monkeypatch.delenv("ZO_BACKEND", raising=False)
+    assert zk.backend_name("cuda", "block_stats") == "cuda"
+    assert zk.backend_name("cuda") != "cuda"
+    module.load_kernels = refuses_to_load
+    with pytest.warns(UserWarning, match="come from Triton, not from zo_kernels._cuda: .*NoKernelImage"):
+        assert zk.backend_name("cuda", "block_stats") == "triton"
 
 
 def test_a_backend_choice_ends_with_its_block(monkeypatch):

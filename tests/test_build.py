@@ -80,7 +80,7 @@ else:
 
 @pytest.fixture
 def build(tmp_path):
-    """Runs setup.py's build of the extension with a compiler that does not exist."""
+    """Runs setup.py's build of the extensions with compilers that do not exist."""
     pytest.importorskip("pybind11")
     pytest.importorskip("setuptools")
     for tool in ("cmake", "ninja"):
@@ -90,7 +90,8 @@ def build(tmp_path):
     def run_build(**env):
         folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
         command = [sys.executable, str(ROOT / "setup.py"), "build_ext", *folders]
-        return run(command, CXX="/nonexistent/c++", **env), list(tmp_path.rglob("_C*"))
+        settings = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc", "ZO_BUILD_CUDA": "", **env}
+        return run(command, **settings), [*tmp_path.rglob("_C*"), *tmp_path.rglob("_cuda*.so")]
 
     return run_build
 
@@ -99,6 +100,15 @@ def test_without_a_compiler_the_build_goes_on_and_says_so(build):
     done, built = build(ZO_BUILD_EXT="")
     assert done.returncode == 0, done.stderr
     assert "the C++ kernels were NOT built" in done.stderr
+    assert done.stderr.count("the CUDA statistics were NOT built") == 1
+    assert not built
+
+
+def test_an_nvcc_that_cannot_build_stops_nothing(build):
+    """It is found, but its host compiler is not there."""
+    done, built = build(ZO_BUILD_EXT="", CUDACXX=shutil.which("true"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the CUDA statistics were NOT built") == 1
     assert not built
 
 
@@ -108,8 +118,16 @@ def test_a_demanded_build_fails_with_the_cmake_command(build):
     assert f"cmake -S {ROOT} -B " in done.stderr
 
 
-def test_the_build_can_be_left_out(build):
-    done, built = build(ZO_BUILD_EXT="0")
+def test_demanded_cuda_statistics_fail_without_nvcc(build):
+    done, _ = build(ZO_BUILD_EXT="0", ZO_BUILD_CUDA="1")
+    assert done.returncode != 0
+    assert "no nvcc in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda" in done.stderr
+    assert "C++ kernels" not in done.stderr
+
+
+@pytest.mark.parametrize("cuda", ["", "0"])
+def test_the_build_can_be_left_out(build, cuda):
+    done, built = build(ZO_BUILD_EXT="0", ZO_BUILD_CUDA=cuda)
     assert done.returncode == 0, done.stderr
     assert "cmake" not in done.stdout + done.stderr
     assert not built

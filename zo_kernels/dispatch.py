@@ -10,12 +10,15 @@ Import touches neither CUDA nor Triton: a backend module is imported at its firs
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+
+import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ONLY = {"cuda": {"block_stats"}}  # backends that have some of the ops; the others go where the device decides
@@ -58,6 +61,19 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
+@functools.cache
+def _loads() -> bool:
+    """Whether this GPU and driver run the machine code in `_cuda` (a T4 is older than its oldest, sm_80)."""
+    from zo_kernels import _cuda
+
+    try:
+        _cuda.load_kernels(torch.cuda.current_device())
+    except RuntimeError as error:
+        warnings.warn(f"block statistics come from Triton, not from zo_kernels._cuda: {error}", stacklevel=1)
+        return False
+    return True
+
+
 def backend_name(device_type: str, op: str = "update_") -> str:
     """The backend that an op on this device type ("cpu", "cuda") uses now."""
     chosen = _override or os.environ.get("ZO_BACKEND")
@@ -67,7 +83,7 @@ def backend_name(device_type: str, op: str = "update_") -> str:
             raise ValueError(f"backend {chosen!r} is not available: {reason}")
         if op in ONLY.get(chosen, {op}):
             return chosen
-    if device_type == "cuda" and op in ONLY["cuda"] and not chosen and why_unavailable("cuda") is None:
+    if device_type == "cuda" and op in ONLY["cuda"] and not chosen and why_unavailable("cuda") is None and _loads():
         return "cuda"
     name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     reason = why_unavailable(name)

@@ -26,7 +26,8 @@ def describe() -> str:
     for name in zo_kernels.BACKENDS:
         lines.append(f"  {name:<12} {zo_kernels.why_unavailable(name) or 'available' + _detail(name)}")
     for device in ("cpu", "cuda"):
-        lines.append(f"ops on {device:<7} {zo_kernels.backend_name(device)}")
+        ops, statistics = zo_kernels.backend_name(device), zo_kernels.backend_name(device, "block_stats")
+        lines.append(f"ops on {device:<7} {ops}" + f", block statistics {statistics}" * (statistics != ops))
     return "\n".join(lines)
 
 
@@ -47,6 +48,8 @@ def _gpu() -> str:
 
 
 def _detail(backend: str) -> str:
+    if backend == "cuda":
+        return " (block statistics)"
     if backend != "cpu":
         return ""
     from zo_kernels.backends import cpu
