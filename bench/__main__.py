@@ -1,25 +1,61 @@
-"""`python -m bench CASE [--out DIR] ...`: runs a case, appends rows to DIR/CASE.jsonl, prints its table."""
+"""`python -m bench CASE [CASE ...] [options]` measures and appends rows to OUT/CASE.jsonl; `report` makes tables.
+
+Every case has its own options (`python -m bench CASE --help`); those given go to every case named.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 
-CASES = ("kernels", "acceptance")
+# case -> (module with add_arguments(parser) and run(arguments), what it does).  Modules are imported when named.
+MEASURED = {
+    "kernels": ("bench.kernels", "every op against copy bandwidth and torch's operators, on the CPU or a GPU"),
+    "step": ("bench.step", "a whole step against MeZO's order of operations and against bare inference"),
+    "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
+    "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
+}
+CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/kernels.png")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the rows")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats and seeds")
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="development data (models, rows, nets)")
-    parser.add_argument("--provider", help="acceptance: only the runs of this method")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs that resume are kept")
-    arguments = parser.parse_args()
-    importlib.import_module(f"bench.{arguments.case}").run(arguments)
+def parse(words: list[str]) -> list[tuple[str, argparse.Namespace]]:
+    """(module, its arguments) per case named; SystemExit(2) with one line for anything unknown."""
+    top = argparse.ArgumentParser(
+        prog="python -m bench",
+        usage="python -m bench CASE [CASE ...] [options]",
+        description=__doc__,
+        epilog="cases: " + "; ".join(f"{name}: {text}" for name, (_, text) in CASES.items()),
+    )
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    cases, options = words[:count], words[count:]
+    if not cases:
+        top.parse_args(options)  # --help ends here
+        top.error("name a case first; there are: " + ", ".join(CASES))
+    for name in cases:
+        if name not in CASES:
+            top.error(f"there is no case {name!r}; there are: " + ", ".join(CASES))
+    parsed = []
+    for name in cases:
+        module, text = CASES[name]
+        parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=text)
+        if name in MEASURED:
+            parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the rows")
+            parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+            parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats and seeds")
+        importlib.import_module(module).add_arguments(parser)
+        parsed.append((module, parser.parse_args(options)))
+    return parsed
+
+
+def main(words: list[str]) -> int:
+    """Runs the cases in order; the exit status of the worst."""
+    if words == ["--list"]:
+        print("\n".join(CASES))
+        return 0
+    return max(sys.modules[module].run(arguments) or 0 for module, arguments in parse(words))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

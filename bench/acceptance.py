@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from bench.rows import append, machine
+from bench.rows import append, machine, spread, version
 from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.config import RunConfig
 from zo_finetuner.data import load_splits
@@ -39,7 +40,30 @@ NAMES = {
 }
 
 
-def run(arguments: argparse.Namespace) -> None:
+# Of a run's result.json: key -> metric and unit of its row.
+METRICS = {
+    "eval_loss_before": ("eval_loss_before", "nats"),
+    "eval_loss_after": ("eval_loss_after", "nats"),
+    "eval_metric_before": ("eval_metric_before", "share"),
+    "eval_metric_after": ("eval_metric_after", "share"),
+    "prior_loss": ("prior_loss", "nats"),
+    "seconds": ("time_s", "s"),
+    "forwards": ("forwards", ""),
+}
+HELD_OUT = 872  # rows that a loss is the mean of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shared = Path(os.environ.get("ZO_DATA", "../shared"))
+    parser.add_argument("--shared", type=Path, default=shared, help="development data (models, rows, nets)")
+    parser.add_argument("--provider", choices=NAMES, help="only the runs of this method")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs that resume are kept")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda":
+        print("acceptance: its runs are on the CPU; leave out --device cuda")
+        return 1
     keep_large_buffers()
     seeds, steps = ((0,), 300) if arguments.quick else ((0, 1, 2), STEPS)
     shared, results = arguments.shared, {}
@@ -52,16 +76,16 @@ def run(arguments: argparse.Namespace) -> None:
                 else:
                     train(_config(shared, out, optimizer, seed, steps))
                 result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-                for metric in ("eval_loss_before", "eval_loss_after", "eval_metric_before", "eval_metric_after",
-                               "prior_loss", "seconds", "forwards"):
-                    append(arguments.out / "acceptance.jsonl", {
-                        "case": "acceptance", "provider": optimizer, "seed": seed, "steps": result["steps"],
-                        "metric": metric, "value": result[metric], **machine(),
-                    })
+                common = {"case": "acceptance", "provider": optimizer, "dtype": "float32", "n": HELD_OUT, "seed": seed,
+                          "steps": result["steps"], "transformers": version("transformers"), **machine("cpu")}
+                for key, (metric, unit) in METRICS.items():
+                    append(arguments.out / "acceptance.jsonl",
+                           common | {"metric": metric, "unit": unit} | spread([result[key]]))  # fmt: skip
             results[optimizer, seed] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     if not arguments.provider:
         _draw(arguments, seeds, steps)
         _print(results, seeds)
+    return 0
 
 
 def _config(shared: Path, out: Path, optimizer: str, seed: int, steps: int) -> RunConfig:
