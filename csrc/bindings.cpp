@@ -1,9 +1,8 @@
-// zo_kernels._C: the functions of zo.h for Python.  Tensors come as data_ptr() integers, 0 for None; what they point to
-// (sizes, dtypes, contiguity) has been checked in zo_kernels/ops.py.  The GIL is released during the work.
+// zo_kernels._C: the functions and structs of zo.h for Python.  Tensors come as data_ptr() integers, 0 for None; what
+// they point to (sizes, dtypes, contiguity) has been checked in zo_kernels/ops.py.  A struct keeps nothing alive: it
+// serves one call, and a Table as long as its tensors stay where they are.  The GIL is released during the work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <tuple>
 
 #include "zo.h"
 
@@ -12,19 +11,36 @@ namespace py = pybind11;
 namespace {
 
 using Pointer = uintptr_t;
-// (data, numel, offset, tensor id, dtype) of one block; dtype 0 float32, 1 bfloat16, 2 float16.
-using BlockTuple = std::tuple<Pointer, int64_t, uint64_t, uint32_t, int>;
 
 template <class T>
 T* to(Pointer address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::vector<zo::Block> to_blocks(const std::vector<BlockTuple>& tuples) {
-  std::vector<zo::Block> blocks;
-  for (const auto& [data, numel, offset, tensor_id, dtype] : tuples)
-    blocks.push_back({to<void>(data), numel, offset, tensor_id, zo::DType(dtype)});
-  return blocks;
+// dtype 0 float32, 1 bfloat16, 2 float16.
+zo::Block block(Pointer data, int64_t numel, uint64_t offset, uint32_t tensor_id, int dtype) {
+  return {to<void>(data), numel, offset, tensor_id, zo::DType(dtype)};
+}
+
+zo::Table table(const std::vector<zo::Block>& blocks) { return zo::Table(blocks); }
+
+zo::Update update(Pointer seeds, Pointer coefs, int64_t count, Pointer scale, bool per_direction, Pointer decay,
+                  Pointer rounding_seed) {
+  return {to<uint64_t>(seeds), to<float>(coefs), count, to<float>(scale), per_direction, to<float>(decay),
+          to<uint64_t>(rounding_seed)};
+}
+
+zo::Probe probe(Pointer out, Pointer mirror, Pointer seed, Pointer coef, Pointer scale, Pointer nearest_above) {
+  return {to<void>(out), to<void>(mirror), *to<uint64_t>(seed), *to<float>(coef), to<float>(scale),
+          to<float>(nearest_above)};
+}
+
+zo::Rows rows(Pointer index, int64_t count, int64_t of, int64_t width) {
+  return {to<int64_t>(index), count, of, width};
+}
+
+zo::Stats stats(Pointer mean, Pointer var, Pointer norm, Pointer nonfinite) {
+  return {to<float>(mean), to<float>(var), to<float>(norm), to<int64_t>(nonfinite)};
 }
 
 void words(Pointer out, int64_t groups, Pointer seed, uint32_t tensor_id, uint32_t stream, uint64_t first_group,
@@ -36,35 +52,49 @@ void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint64_
   zo::noise(to<float>(out), numel, *to<uint64_t>(seed), tensor_id, start, zo::Dist(dist), threads);
 }
 
-void axpy(const std::vector<BlockTuple>& blocks, Pointer seeds, Pointer coefs, int64_t count, Pointer scale,
-          Pointer decay, Pointer rounding_seed, int dist, int threads) {
-  zo::axpy(to_blocks(blocks), to<uint64_t>(seeds), to<float>(coefs), count, to<float>(scale), to<float>(decay),
-           to<uint64_t>(rounding_seed), zo::Dist(dist), threads);
+void axpy(const zo::Table& table, const zo::Update& update, int dist, const zo::Stats* stats, int threads) {
+  zo::axpy(table, update, zo::Dist(dist), stats, threads);
 }
 
-void scratch(Pointer theta, Pointer out, int64_t theta_rows, int64_t out_rows, int64_t width, Pointer rows,
-             uint32_t tensor_id, int dtype, Pointer seed, Pointer coef, Pointer scale, Pointer nearest_above, int dist,
-             int threads) {
-  zo::scratch({to<void>(theta), to<void>(out), theta_rows, out_rows, width, to<int64_t>(rows), tensor_id,
-               zo::DType(dtype)},
-              *to<uint64_t>(seed), *to<float>(coef), to<float>(scale), to<float>(nearest_above), zo::Dist(dist),
-              threads);
+void scratch(const zo::Block& theta, const zo::Probe& probe, int dist, const zo::Stats* stats, int threads) {
+  zo::scratch(theta, probe, zo::Dist(dist), stats, threads);
 }
 
-void block_stats(const std::vector<BlockTuple>& blocks, Pointer mean, Pointer var, int threads) {
-  zo::block_stats(to_blocks(blocks), to<float>(mean), to<float>(var), threads);
+void scratch_rows(const zo::Block& theta, const zo::Rows& rows, const zo::Probe& probe, int dist, int threads) {
+  zo::scratch_rows(theta, rows, probe, zo::Dist(dist), threads);
+}
+
+void update_scratch(const zo::Block& theta, const zo::Update& update, const zo::Probe& probe, int dist,
+                    const zo::Stats* stats, int threads) {
+  zo::update_scratch(theta, update, probe, zo::Dist(dist), stats, threads);
+}
+
+void dot_noise(const zo::Table& table, Pointer seeds, int64_t count, Pointer out, int dist, const zo::Stats* stats,
+               int threads) {
+  zo::dot_noise(table, to<uint64_t>(seeds), count, to<float>(out), zo::Dist(dist), stats, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native CPU kernels of zo_kernels; import torch first, so that both use one OpenMP runtime.";
+  const auto local = py::module_local();  // another module of this package may bind structs of these names
+  py::class_<zo::Block>(m, "Block", local).def(py::init(&block));
+  py::class_<zo::Table>(m, "Table", local).def(py::init(&table));
+  py::class_<zo::Update>(m, "Update", local).def(py::init(&update));
+  py::class_<zo::Probe>(m, "Probe", local).def(py::init(&probe));
+  py::class_<zo::Rows>(m, "Rows", local).def(py::init(&rows));
+  py::class_<zo::Stats>(m, "Stats", local).def(py::init(&stats));
+
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("words", &words, unlocked);
   m.def("noise", &noise, unlocked);
   m.def("axpy_", &axpy, unlocked);
   m.def("scratch", &scratch, unlocked);
-  m.def("block_stats", &block_stats, unlocked);
+  m.def("scratch_rows", &scratch_rows, unlocked);
+  m.def("update_scratch_", &update_scratch, unlocked);
+  m.def("dot_noise", &dot_noise, unlocked);
+  m.def("block_stats", &zo::block_stats, unlocked);
   m.def("isas", &zo::isas, "Instruction sets that are compiled in and that this machine has, slowest first.");
   m.def("isa", &zo::isa, "The instruction set in use.");
   m.def("set_isa", &zo::set_isa, "Use another one of isas(), for every thread; the results are the same bits.");

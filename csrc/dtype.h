@@ -28,7 +28,9 @@ struct BFloat16 {
 
   ZO_INLINE uint16_t stochastic(float x, uint32_t r) {
     const uint32_t bits = bits_of(x);
-    return (bits & 0x7FFFFFFFu) < 0x7F800000u ? uint16_t((bits + r) >> 16) : nearest(x);
+    const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t carry = magnitude < 0x7F800000u ? r : 0u, quiet = magnitude > 0x7F800000u ? 0x400000u : 0u;
+    return uint16_t(((bits + carry) | quiet) >> 16);
   }
 };
 
@@ -53,14 +55,13 @@ struct Float16 {
 
   ZO_INLINE uint16_t stochastic(float x, uint32_t r) {
     const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
-    const int32_t field = int32_t(magnitude >> 23);  // exponent + 127
-    const int32_t below = 113 - field;               // binades below the smallest normal fp16
-    const uint32_t mantissa = (magnitude & 0x7FFFFFu) | (field > 0 ? 0x800000u : 0u);
-    const uint32_t shift = uint32_t(below < 0 ? 0 : below > 31 ? 31 : below);
-    const uint32_t steps = ((mantissa << 3) >> shift) + r;                                 // in 2^-16 of an fp16 step
-    const uint32_t rounded = (uint32_t(below < 0 ? -below : 0) << 10) + (steps >> 16);     // with the implicit bit
-    const uint32_t capped = rounded < 0x7C00u ? rounded : 0x7C00u;
-    return magnitude < 0x7F800000u ? uint16_t(capped | (bits_of(x) >> 16 & 0x8000u)) : nearest(x);
+    // |x| in 2^-16 of an fp16 step: up to the smallest normal, 2^-14, and from there up to 65536, which is infinity.
+    const uint32_t small = magnitude < 0x38800000u ? magnitude : 0x38800000u;
+    const uint32_t large = magnitude > 0x38800000u ? magnitude : 0x38800000u;
+    const uint32_t steps = uint32_t(int32_t(float_of(small) * 0x1p40f)) +
+                           (((large < 0x47800000u ? large : 0x47800000u) - 0x38800000u) << 3);
+    const uint32_t rounded = (steps + r) >> 16;
+    return uint16_t((magnitude <= 0x7F800000u ? rounded : 0x7E00u) | (bits_of(x) >> 16 & 0x8000u));
   }
 };
 

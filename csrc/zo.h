@@ -19,16 +19,50 @@ struct Block {
   DType dtype;
 };
 
-// One tensor and the rows of it to perturb: `rows` null means all of it, else row i of `out` is row rows[i] of theta.
-struct Scratch {
-  const void* theta;
+// A list of blocks and the chunks that they are cut into: one parallel loop over `chunks` covers a whole model.
+struct Table {
+  struct Chunk {
+    size_t block;
+    int64_t first, count;
+  };
+
+  explicit Table(std::vector<Block> list);
+
+  std::vector<Block> blocks;
+  std::vector<Chunk> chunks;  // in order
+};
+
+// theta_b = round(decay * theta_b + sum_k coefs[k] * scale_kb * z_kb)
+struct Update {
+  const uint64_t* seeds;
+  const float* coefs;
+  int64_t count;
+  const float* scale;             // (blocks), with per_direction (count, blocks); null: 1
+  bool per_direction;
+  const float* decay;             // null: 1
+  const uint64_t* rounding_seed;  // null: to nearest
+};
+
+// out = round(theta + coef * scale * z), mirror = round(theta - coef * scale * z).
+struct Probe {
   void* out;
-  int64_t theta_rows;
-  int64_t out_rows;
-  int64_t width;  // elements per row
-  const int64_t* rows;
-  uint32_t tensor_id;
-  DType dtype;
+  void* mirror;  // null: none
+  uint64_t seed;
+  float coef;
+  const float* scale;          // null: 1
+  const float* nearest_above;  // null: always to nearest
+};
+
+// Row i of a probe's `out` is row index[i] of theta, which has `of` rows of `width` elements.
+struct Rows {
+  const int64_t* index;
+  int64_t count, of, width;
+};
+
+// Where a pass leaves the statistics of every block; the same bits for every number of threads and instruction set.
+struct Stats {
+  float *mean, *var, *norm;
+  int64_t* nonfinite;
 };
 
 void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t first_group,
@@ -36,16 +70,24 @@ void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uin
 
 void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_t start, Dist dist, int threads);
 
-// theta_b = round(decay * theta_b + sum_k coefs[k] * scale[b] * z_kb); scale, decay and rounding_seed may be null.
-void axpy(const std::vector<Block>& blocks, const uint64_t* seeds, const float* coefs, int64_t count,
-          const float* scale, const float* decay, const uint64_t* rounding_seed, Dist dist, int threads);
+// stats, which may be null, here and below: of the stored result.
+void axpy(const Table& table, const Update& update, Dist dist, const Stats* stats, int threads);
 
-// out = round(theta + coef * scale * z); scale and nearest_above may be null.  Throws std::out_of_range for a bad row.
-void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above,
-             Dist dist, int threads);
+// stats: of theta.
+void scratch(const Block& theta, const Probe& probe, Dist dist, const Stats* stats, int threads);
 
-// Mean and unbiased variance of every block, in fp64, the same bits for every number of threads.
-void block_stats(const std::vector<Block>& blocks, float* mean, float* var, int threads);
+// Throws std::out_of_range for a bad row, before anything is written.
+void scratch_rows(const Block& theta, const Rows& rows, const Probe& probe, Dist dist, int threads);
+
+// axpy of one tensor and scratch of what it stored, from one read.
+void update_scratch(const Block& theta, const Update& update, const Probe& probe, Dist dist, const Stats* stats,
+                    int threads);
+
+// out[k * blocks + b] = <x_b, z_kb>, summed in fp64; stats: of x.
+void dot_noise(const Table& table, const uint64_t* seeds, int64_t count, float* out, Dist dist, const Stats* stats,
+               int threads);
+
+void block_stats(const Table& table, const Stats& stats, int threads);
 
 // The instruction sets compiled in that this machine has, slowest first, the last the default; all give the same bits.
 std::vector<std::string> isas();

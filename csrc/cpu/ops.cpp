@@ -1,67 +1,28 @@
 // The CPU ops: cut the work into chunks, share them among threads, call the kernels of the best instruction set.
-// An element's result depends on its global index alone, so chunks and threads never change a bit; block_stats
-// combines its chunks in order.
+// An element's result depends on its global index alone, and sums of chunks are combined in order, so threads never
+// change a bit.
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace zo {
 namespace {
 
 constexpr int64_t CHUNK = 1 << 16;  // elements: 128 KB or more, tens of microseconds
 
-// torch.set_flush_denormal(True) would make subnormal weights vanish; the contract is plain IEEE 754.
-class DefaultFloatingPoint {
- public:
-  DefaultFloatingPoint() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
-
-template <class Body>
-void parallel_for(int64_t tasks, int threads, Body body) {
-#pragma omp parallel num_threads(threads) if (tasks > 1 && threads > 1)
-  {
-    DefaultFloatingPoint ieee;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-  }
-}
-
 int64_t chunks_of(int64_t numel) { return (numel + CHUNK - 1) / CHUNK; }
-
-// The chunks of a list of blocks in order, so that one parallel loop covers a whole model.
-struct Chunk {
-  size_t block;
-  int64_t first, count;
-};
-
-std::vector<Chunk> chunk_table(const std::vector<Block>& blocks) {
-  std::vector<Chunk> table;
-  for (size_t b = 0; b < blocks.size(); ++b)
-    for (int64_t first = 0; first < blocks[b].numel; first += CHUNK)
-      table.push_back({b, first, std::min(CHUNK, blocks[b].numel - first)});
-  return table;
-}
 
 int64_t bytes_of(DType dtype) { return dtype == DType::FLOAT32 ? 4 : 2; }
 
-const char* at(const void* data, int64_t element, DType dtype) {
-  return static_cast<const char*>(data) + element * bytes_of(dtype);
+char* at(void* data, int64_t element, DType dtype) {
+  return data ? static_cast<char*>(data) + element * bytes_of(dtype) : nullptr;
 }
-
-char* at(void* data, int64_t element, DType dtype) { return static_cast<char*>(data) + element * bytes_of(dtype); }
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found{&kernels_generic};
@@ -79,7 +40,79 @@ std::vector<const Kernels*> available() {
 
 std::atomic<const Kernels*> chosen{available().back()};
 
+// fl32(coefs[k] * scale_kb), those of a block together.
+std::vector<float> steps_of(const Update& update, size_t blocks) {
+  std::vector<float> steps;
+  steps.reserve(blocks * size_t(update.count));
+  for (size_t b = 0; b < blocks; ++b)
+    for (size_t k = 0; k < size_t(update.count); ++k)
+      steps.push_back(update.scale ? update.coefs[k] * update.scale[update.per_direction ? k * blocks + b : b]
+                                   : update.coefs[k]);
+  return steps;
+}
+
+Advance advance_of(const Update& update, const std::vector<float>& steps, size_t block) {
+  return {update.seeds, &steps[block * size_t(update.count)], update.count, update.decay, update.rounding_seed};
+}
+
+// To be written from element `first` of the outputs on.
+Displace displace_from(const Probe& probe, int64_t first, DType dtype) {
+  const float step = probe.scale ? probe.coef * *probe.scale : probe.coef;
+  const bool nearest = !probe.nearest_above || std::fabs(step) >= *probe.nearest_above;
+  return {at(probe.out, first, dtype), at(probe.mirror, first, dtype), probe.seed, step, !nearest};
+}
+
+// The statistics of every block from the moments of the chunks, combined in order.
+void fill(const Stats& stats, const Table& table, const std::vector<Moments>& parts) {
+  std::vector<Moments> whole(table.blocks.size());
+  for (size_t chunk = 0; chunk < parts.size(); ++chunk) {
+    Moments& block = whole[table.chunks[chunk].block];
+    block = combined(block, parts[chunk]);
+  }
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  for (size_t b = 0; b < whole.size(); ++b) {
+    const auto [count, mean, m2, nonfinite] = whole[b];
+    stats.mean[b] = count > 0 && !nonfinite ? float(mean) : nan;
+    stats.var[b] = nonfinite ? nan : float(m2 / std::max(count - 1, 1.0));
+    stats.norm[b] = nonfinite ? nan : float(std::sqrt(m2 + count * mean * mean));
+    stats.nonfinite[b] = nonfinite;
+  }
+}
+
+// All of a pass but its parts.
+Pass pass_over(const Block& block, int64_t first, int64_t count, Dist dist) {
+  Pass pass{};
+  pass.theta = at(block.data, first, block.dtype);
+  pass.first = block.offset + uint64_t(first);
+  pass.count = count;
+  pass.tensor_id = block.tensor_id;
+  pass.dtype = block.dtype;
+  pass.dist = dist;
+  return pass;
+}
+
+// One read of every block; add_parts(pass, chunk) says what is done with a chunk.
+template <class AddParts>
+void for_chunks(const Table& table, Dist dist, const Stats* stats, int threads, AddParts add_parts) {
+  const Kernels& kernels = *chosen.load();
+  std::vector<Moments> moments(stats ? table.chunks.size() : 0);
+  parallel_for(int64_t(table.chunks.size()), threads, [&](int64_t chunk) {
+    const auto [block, first, count] = table.chunks[size_t(chunk)];
+    Pass pass = pass_over(table.blocks[block], first, count, dist);
+    if (stats) pass.moments = &moments[size_t(chunk)];
+    add_parts(pass, size_t(chunk));
+    kernels.pass(pass);
+  });
+  if (stats) fill(*stats, table, moments);
+}
+
 }  // namespace
+
+Table::Table(std::vector<Block> list) : blocks(std::move(list)) {
+  for (size_t b = 0; b < blocks.size(); ++b)
+    for (int64_t first = 0; first < blocks[b].numel; first += CHUNK)
+      chunks.push_back({b, first, std::min(CHUNK, blocks[b].numel - first)});
+}
 
 void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t first_group,
            int threads) {
@@ -99,73 +132,68 @@ void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_
   });
 }
 
-void axpy(const std::vector<Block>& blocks, const uint64_t* seeds, const float* coefs, int64_t count,
-          const float* scale, const float* decay, const uint64_t* rounding_seed, Dist dist, int threads) {
-  const Kernels& kernels = *chosen.load();
+void axpy(const Table& table, const Update& update, Dist dist, const Stats* stats, int threads) {
   const DefaultFloatingPoint ieee;
-  std::vector<float> steps;
-  steps.reserve(blocks.size() * size_t(count));
-  for (size_t b = 0; b < blocks.size(); ++b)
-    for (int64_t k = 0; k < count; ++k) steps.push_back(scale ? coefs[k] * scale[b] : coefs[k]);
-  const std::vector<Chunk> table = chunk_table(blocks);
-  parallel_for(int64_t(table.size()), threads, [&](int64_t task) {
-    const Chunk& chunk = table[size_t(task)];
-    const Block& block = blocks[chunk.block];
-    char* theta = at(block.data, chunk.first, block.dtype);
-    kernels.axpy(theta, theta, block.offset + uint64_t(chunk.first), chunk.count,
-                 {seeds, &steps[chunk.block * size_t(count)], count, decay, rounding_seed, block.tensor_id, block.dtype,
-                  dist});
+  const std::vector<float> steps = steps_of(update, table.blocks.size());
+  for_chunks(table, dist, stats, threads,
+             [&](Pass& pass, size_t chunk) { pass.advance = advance_of(update, steps, table.chunks[chunk].block); });
+}
+
+void scratch(const Block& theta, const Probe& probe, Dist dist, const Stats* stats, int threads) {
+  const DefaultFloatingPoint ieee;
+  const Table table({theta});
+  for_chunks(table, dist, stats, threads, [&](Pass& pass, size_t chunk) {
+    pass.displace = displace_from(probe, table.chunks[chunk].first, theta.dtype);
   });
 }
 
-void scratch(const Scratch& tensor, uint64_t seed, float coef, const float* scale, const float* nearest_above,
-             Dist dist, int threads) {
+void scratch_rows(const Block& theta, const Rows& rows, const Probe& probe, Dist dist, int threads) {
+  for (int64_t i = 0; i < rows.count; ++i)
+    if (rows.index[i] < 0 || rows.index[i] >= rows.of)
+      throw std::out_of_range("rows[" + std::to_string(i) + "] is " + std::to_string(rows.index[i]) +
+                              ", outside theta's " + std::to_string(rows.of) + " rows");
   const Kernels& kernels = *chosen.load();
   const DefaultFloatingPoint ieee;
-  const float step = scale ? coef * *scale : coef;
-  const bool nearest = !nearest_above || std::fabs(step) >= *nearest_above;
-  const Update update{&seed, &step, 1, nullptr, nearest ? nullptr : &seed, tensor.tensor_id, tensor.dtype, dist};
-  const auto perturb = [&](int64_t from, int64_t to, int64_t count) {
-    kernels.axpy(at(tensor.theta, from, tensor.dtype), at(tensor.out, to, tensor.dtype), uint64_t(from), count, update);
-  };
-  if (!tensor.rows) {
-    const int64_t numel = tensor.theta_rows * tensor.width;
-    parallel_for(chunks_of(numel), threads, [&](int64_t chunk) {
-      perturb(chunk * CHUNK, chunk * CHUNK, std::min(CHUNK, numel - chunk * CHUNK));
-    });
-    return;
-  }
-  for (int64_t i = 0; i < tensor.out_rows; ++i)
-    if (tensor.rows[i] < 0 || tensor.rows[i] >= tensor.theta_rows)
-      throw std::out_of_range("rows[" + std::to_string(i) + "] is " + std::to_string(tensor.rows[i]) +
-                              ", outside theta's " + std::to_string(tensor.theta_rows) + " rows");
-  const int64_t together = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, tensor.width));
-  parallel_for((tensor.out_rows + together - 1) / together, threads, [&](int64_t task) {
-    const int64_t end = std::min(tensor.out_rows, (task + 1) * together);
-    for (int64_t i = task * together; i < end; ++i)
-      perturb(tensor.rows[i] * tensor.width, i * tensor.width, tensor.width);
+  const int64_t together = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, rows.width));
+  parallel_for((rows.count + together - 1) / together, threads, [&](int64_t task) {
+    const int64_t end = std::min(rows.count, (task + 1) * together);
+    for (int64_t i = task * together; i < end; ++i) {
+      Pass pass = pass_over(theta, rows.index[i] * rows.width, rows.width, dist);
+      pass.displace = displace_from(probe, i * rows.width, theta.dtype);
+      kernels.pass(pass);
+    }
   });
 }
 
-void block_stats(const std::vector<Block>& blocks, float* mean, float* var, int threads) {
-  const Kernels& kernels = *chosen.load();
-  const std::vector<Chunk> table = chunk_table(blocks);
-  std::vector<Moments> parts(table.size());
-  parallel_for(int64_t(table.size()), threads, [&](int64_t task) {
-    const Chunk& chunk = table[size_t(task)];
-    const Block& block = blocks[chunk.block];
-    parts[size_t(task)] = kernels.moments(at(block.data, chunk.first, block.dtype), chunk.count, block.dtype);
-  });
+void update_scratch(const Block& theta, const Update& update, const Probe& probe, Dist dist, const Stats* stats,
+                    int threads) {
   const DefaultFloatingPoint ieee;
-  std::vector<Moments> all(blocks.size(), Moments{0, 0, 0});
-  for (size_t task = 0; task < table.size(); ++task) {
-    Moments& block = all[table[task].block];
-    block = combined(block, parts[task]);
-  }
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    mean[b] = blocks[b].numel > 0 ? float(all[b].mean) : std::numeric_limits<float>::quiet_NaN();
-    var[b] = blocks[b].numel > 1 ? float(all[b].m2 / (all[b].count - 1)) : 0.0f;
-  }
+  const std::vector<float> steps = steps_of(update, 1);
+  const Table table({theta});
+  for_chunks(table, dist, stats, threads, [&](Pass& pass, size_t chunk) {
+    pass.advance = advance_of(update, steps, 0);
+    pass.displace = displace_from(probe, table.chunks[chunk].first, theta.dtype);
+  });
+}
+
+void dot_noise(const Table& table, const uint64_t* seeds, int64_t count, float* out, Dist dist, const Stats* stats,
+               int threads) {
+  const DefaultFloatingPoint ieee;
+  const size_t blocks = table.blocks.size(), directions = size_t(count);
+  const size_t stride = directions + 8;  // so that no two threads write to one cache line
+  std::vector<double> parts(table.chunks.size() * stride);
+  for_chunks(table, dist, stats, threads,
+             [&](Pass& pass, size_t chunk) { pass.project = {seeds, count, &parts[chunk * stride]}; });
+  std::vector<double> sums(directions * blocks);
+  for (size_t chunk = 0; chunk < table.chunks.size(); ++chunk)
+    for (size_t k = 0; k < directions; ++k)
+      sums[k * blocks + table.chunks[chunk].block] += parts[chunk * stride + k];
+  for (size_t i = 0; i < sums.size(); ++i) out[i] = float(sums[i]);
+}
+
+void block_stats(const Table& table, const Stats& stats, int threads) {
+  const DefaultFloatingPoint ieee;
+  for_chunks(table, Dist::NORMAL, &stats, threads, [](Pass&, size_t) {});
 }
 
 std::vector<std::string> isas() {

@@ -10,8 +10,11 @@ import torch  # before _C, so that both use one OpenMP runtime
 from torch import Tensor
 
 from zo_kernels import _C
-from zo_kernels.blocks import DTYPES, Blocks
+from zo_kernels.blocks import DTYPES, Blocks, BlockStats
 from zo_kernels.noise import DISTRIBUTIONS
+
+_DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
+_DIST = {dist: index for index, dist in enumerate(DISTRIBUTIONS)}
 
 
 def isa() -> str:
@@ -19,21 +22,71 @@ def isa() -> str:
     return _C.isa()
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _require_cpu(device: torch.device) -> None:
     if device.type != "cpu":  # a device pointer would be a segmentation fault
         raise ValueError(f"the cpu backend works on cpu tensors, got {device}")
 
 
-def _table(blocks: Blocks, tensors: list[Tensor]) -> list[tuple[int, int, int, int, int]]:
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native(blocks: Blocks, tensors: list[Tensor]) -> _C.Table:
+    return _C.Table(
+        [
+            _C.Block(tensor.data_ptr(), tensor.numel(), offset, tensor_id, _DTYPE[tensor.dtype])
+            for tensor, offset, tensor_id in zip(tensors, blocks.offsets, blocks.ids, strict=True)
+        ]
+    )
+
+
+def _table(blocks: Blocks) -> tuple[_C.Table, list[Tensor]]:
+    """The native table of `blocks`, kept on it until a tensor moves.  With a strided tensor it is made for this call,
+    of the contiguous tensors that come with it."""
     _require_cpu(blocks.device)
-    return [
-        (tensor.data_ptr(), tensor.numel(), offset, tensor_id, DTYPES.index(tensor.dtype))
-        for tensor, offset, tensor_id in zip(tensors, blocks.offsets, blocks.ids, strict=True)
-    ]
+    if not all(map(Tensor.is_contiguous, blocks.tensors)):
+        contiguous = [tensor.contiguous() for tensor in blocks.tensors]
+        return _native(blocks, contiguous), contiguous
+    made_for, table = getattr(blocks, "cpu_table", (None, None))
+    if made_for is not blocks.addresses:
+        table = _native(blocks, blocks.tensors)
+        blocks.cpu_table = blocks.addresses, table
+    return table, []
+
+
+def _block(theta: Tensor, tensor_id: int) -> _C.Block:
+    _require_cpu(theta.device)
+    return _C.Block(theta.data_ptr(), theta.numel(), 0, tensor_id, _DTYPE[theta.dtype])
+
+
+def _update(
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    per_direction: bool,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+) -> _C.Update:
+    return _C.Update(
+        seeds.data_ptr(),
+        coefs.data_ptr(),
+        seeds.shape[0],
+        _pointer(scale),
+        per_direction,
+        _pointer(decay),
+        _pointer(rounding_seed),
+    )
+
+
+def _probe(
+    out: Tensor, mirror: Tensor | None, seed: Tensor, coef: Tensor, scale: Tensor | None, nearest_above: Tensor | None
+) -> _C.Probe:
+    pointers = (_pointer(tensor) for tensor in (out, mirror, seed, coef, scale, nearest_above))
+    return _C.Probe(*pointers)
+
+
+def _stats(stats: BlockStats | None) -> _C.Stats | None:
+    return None if stats is None else _C.Stats(*map(Tensor.data_ptr, stats))
 
 
 def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: int) -> None:
@@ -45,8 +98,8 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
 
 def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
     _require_cpu(seed.device)
-    kind, threads = DISTRIBUTIONS.index(dist), torch.get_num_threads()
-    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, start, kind, threads)
+    threads = torch.get_num_threads()
+    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, start, _DIST[dist], threads)
 
 
 def axpy_(
@@ -57,27 +110,21 @@ def axpy_(
     decay: Tensor | None,
     rounding_seed: Tensor | None,
     dist: str,
+    stats: BlockStats | None,
 ) -> None:
-    contiguous = [tensor.contiguous() for tensor in blocks.tensors]
-    _C.axpy_(
-        _table(blocks, contiguous),
-        seeds.data_ptr(),
-        coefs.data_ptr(),
-        seeds.shape[0],
-        _pointer(scale),
-        _pointer(decay),
-        _pointer(rounding_seed),
-        DISTRIBUTIONS.index(dist),
-        torch.get_num_threads(),
-    )
-    for tensor, written in zip(blocks.tensors, contiguous, strict=True):
-        if written is not tensor and written.data_ptr() != tensor.data_ptr():
-            tensor.copy_(written)
+    table, contiguous = _table(blocks)
+    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed)
+    _C.axpy_(table, update, _DIST[dist], _stats(stats), torch.get_num_threads())
+    if contiguous:
+        for tensor, written in zip(blocks.tensors, contiguous, strict=True):
+            if written is not tensor:
+                tensor.copy_(written)
 
 
 def scratch(
     theta: Tensor,
     out: Tensor,
+    mirror: Tensor | None,
     tensor_id: int,
     seed: Tensor,
     coef: Tensor,
@@ -85,29 +132,47 @@ def scratch(
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
+    stats: BlockStats | None,
 ) -> None:
-    _require_cpu(theta.device)
-    if out.numel() == 0:
-        return  # an empty tensor's data_ptr is 0, which would mean None
-    theta_rows = theta.shape[0] if theta.dim() else 1
-    _C.scratch(
-        theta.data_ptr(),
-        out.data_ptr(),
-        theta_rows,
-        0 if rows is None else rows.shape[0],
-        theta.numel() // max(theta_rows, 1),
-        _pointer(rows),
-        tensor_id,
-        DTYPES.index(theta.dtype),
-        seed.data_ptr(),
-        coef.data_ptr(),
-        _pointer(scale),
-        _pointer(nearest_above),
-        DISTRIBUTIONS.index(dist),
-        torch.get_num_threads(),
-    )
+    block, kind, threads = _block(theta, tensor_id), _DIST[dist], torch.get_num_threads()
+    probe = _probe(out, mirror, seed, coef, scale, nearest_above)
+    if rows is None:
+        _C.scratch(block, probe, kind, _stats(stats), threads)
+    else:
+        of = theta.shape[0]
+        index = _C.Rows(rows.data_ptr(), rows.shape[0], of, theta.numel() // max(of, 1))
+        _C.scratch_rows(block, index, probe, kind, threads)
 
 
-def block_stats(blocks: Blocks, mean: Tensor, var: Tensor) -> None:
-    contiguous = [tensor.contiguous() for tensor in blocks.tensors]
-    _C.block_stats(_table(blocks, contiguous), mean.data_ptr(), var.data_ptr(), torch.get_num_threads())
+def update_scratch_(
+    theta: Tensor,
+    out: Tensor,
+    mirror: Tensor | None,
+    tensor_id: int,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+    next_seed: Tensor,
+    next_coef: Tensor,
+    next_scale: Tensor | None,
+    nearest_above: Tensor | None,
+    dist: str,
+    stats: BlockStats | None,
+) -> None:
+    block = _block(theta, tensor_id)
+    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 1, decay, rounding_seed)
+    probe = _probe(out, mirror, next_seed, next_coef, next_scale, nearest_above)
+    _C.update_scratch_(block, update, probe, _DIST[dist], _stats(stats), torch.get_num_threads())
+
+
+def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:
+    table, _contiguous = _table(blocks)
+    threads = torch.get_num_threads()
+    _C.dot_noise(table, seeds.data_ptr(), seeds.shape[0], out.data_ptr(), _DIST[dist], _stats(stats), threads)
+
+
+def block_stats(blocks: Blocks, stats: BlockStats) -> None:
+    table, _contiguous = _table(blocks)
+    _C.block_stats(table, _stats(stats), torch.get_num_threads())
