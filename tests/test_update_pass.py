@@ -48,8 +48,11 @@ def test_the_way_back_shares_the_updates_pass_under_weight_decay(monkeypatch):
             engine.step(model, 0.1)
         weights[mode] = model.theta().detach()
     assert len(passes) == 3 * 2  # the third pass of a step is the update
-    assert (weights["inplace"] - weights["scratch"]).abs().max() < 1e-4
-    assert not torch.equal(weights["scratch"], Quadratic().theta())
+    # A weight below 4 moved in place is off by 2^-23 at most, the loss by that times the gradient, g by that over eps.
+    error = 2.0**-23 * Quadratic().gradient().abs().sum() / EPS
+    largest = 4.0  # of 57 normals
+    assert (weights["inplace"] - weights["scratch"]).abs().max() < 3 * 0.1 * error * largest
+    assert (weights["scratch"] - Quadratic().theta()).abs().max() > 0.1
 
 
 def test_a_profiler_sees_the_phases_of_a_step():

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zo_kernels.blocks import DTYPES, Blocks, BlockStats, memory_span
+from zo_kernels.blocks import DTYPES, Blocks, BlockStats
 from zo_kernels.dispatch import backend
 from zo_kernels.noise import DISTRIBUTIONS
 
@@ -42,9 +42,9 @@ def seed_tensor(seeds: int | Iterable[int], device: torch.device | str = "cpu") 
 
 
 def _require(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device:
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
         raise ValueError(
-            f"{name} must be {str(dtype).removeprefix('torch.')} of shape {shape} on {device}, got "
+            f"{name} must be {str(dtype).removeprefix('torch.')} of shape {tuple(shape)} on {device}, got "
             f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
         )
     if not tensor.is_contiguous():
@@ -75,22 +75,29 @@ def _require_directions(
         _require(scale, "scale", torch.float32, one if scale.dim() == len(one) else (count, *one), device)
 
 
-def _require_apart(**tensors: Tensor | None) -> None:
-    """Every tensor has its storage, and no two overlap."""
-    spans = sorted((*memory_span(t, name), name) for name, t in tensors.items() if t is not None and not t.is_meta)
-    for (_, end, name), (start, stop, other) in zip(spans, spans[1:], strict=False):
-        if start < end and stop > start:
+def _require_apart(tensors: dict[str, Tensor | None]) -> None:
+    """Every one of these contiguous tensors has its storage, and no two overlap."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and not tensor.is_meta:
+            start = tensor.data_ptr()
+            if start == 0:
+                raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it before this call")
+            spans.append((start, start + tensor.nbytes, name))
+    spans.sort()
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
             raise ValueError(f"{name} and {other} share memory")
 
 
 def _require_scratch(theta: Tensor, out: Tensor, mirror: Tensor | None, rows: Tensor | None) -> None:
     if theta.dtype not in DTYPES or not theta.is_contiguous():
         raise ValueError(f"theta must be a contiguous float32, bfloat16 or float16 tensor, got {theta.dtype}")
-    shape = tuple(theta.shape) if rows is None else (rows.shape[0], *theta.shape[1:])
+    shape = theta.shape if rows is None else (rows.shape[0], *theta.shape[1:])
     _require(out, "out", theta.dtype, shape, theta.device)
     if mirror is not None:
         _require(mirror, "mirror", theta.dtype, shape, theta.device)
-    _require_apart(theta=theta, out=out, mirror=mirror)
+    _require_apart({"theta": theta, "out": out, "mirror": mirror})
 
 
 @torch.no_grad()
