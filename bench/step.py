@@ -30,6 +30,7 @@ from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.data import load_splits
 from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
 from zo_finetuner.engine import Engine
+from zo_finetuner.isolation import can_pack
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import make_method
@@ -49,8 +50,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        mask = self.ours.get("attention_mask")
-        return self.ours["input_ids"].numel() if mask is None else int(mask.sum())
+        """Of the rows as a user counts them: each with its correct option, once."""
+        return sum(len(row.sequences[row.labels[0]]) for row in self.rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +84,8 @@ def _task(arguments: argparse.Namespace, task_name: str, device: torch.device) -
     needed = arguments.batch_size * min(repeats + 1, 8)
     rows = load_splits(task, str(arguments.shared / "data" / task_name), num_train=needed, num_dev=1, num_eval=1).train
     encoded = encode_rows(task, rows, tokenizer, min(512, context_length(model)))
-    batches = [_batch(encoded[i : i + arguments.batch_size], tokenizer, device)
+    packed = can_pack(model)
+    batches = [_batch(encoded[i : i + arguments.batch_size], tokenizer, device, packed)
                for i in range(0, len(encoded) - arguments.batch_size + 1, arguments.batch_size)]
     steps = providers(model, pad_token(tokenizer), arguments.batch_size, arguments.probing)
 
@@ -105,8 +107,9 @@ def _task(arguments: argparse.Namespace, task_name: str, device: torch.device) -
     _print(common, seconds, peaks, shares)
 
 
-def _batch(rows: list[Encoded], tokenizer, device: torch.device) -> Batch:
-    return Batch(rows, {name: t.to(device) for name, t in collate(rows, pad_token(tokenizer)).items()})
+def _batch(rows: list[Encoded], tokenizer, device: torch.device, packed: bool) -> Batch:
+    batch = collate(rows, pad_token(tokenizer), packed=packed)
+    return Batch(rows, {name: t.to(device) for name, t in batch.items()})
 
 
 def providers(model: nn.Module, pad_id: int, batch_size: int, probing: str) -> dict[str, Callable[[Batch], object]]:

@@ -45,11 +45,22 @@ CONFIGS = {
 }
 
 
-def make(name, **changes):
+def make(name, attention=None, **changes):
+    """attention: "sdpa", "eager", or the architecture's own choice."""
     torch.manual_seed(1)
+    name, _, variant = name.partition(" ")
     kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-    config = getattr(transformers, f"{name}Config")(**CONFIGS[name] | changes)
+    config = getattr(transformers, f"{name}Config")(**CONFIGS[name] | VARIANTS.get(variant, {}) | changes)
+    if attention:
+        config._attn_implementation = attention
     return getattr(transformers, kind)(config).eval()
+
+
+# Layers that differ within a model under SDPA: Gemma 2, the other such model, has eager attention only.
+VARIANTS = {"mixed": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}}
+# Every model with every attention it has.
+MODELS = [(name, attention) for name in (*CONFIGS, "Qwen2 mixed") for attention in ("sdpa", "eager")]
+MODELS.remove(("Gemma2", "sdpa"))
 
 
 def row(kind, prompt_length, options, label, seed):

@@ -207,6 +207,7 @@ def test_a_gpu_too_old_for_the_cuda_module_gets_its_statistics_from_triton(monke
     module = types.SimpleNamespace(load_kernels=lambda device: None, __spec__=types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "zo_kernels._cuda", module)
     monkeypatch.setattr(zk, "_cuda", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "_loads", dispatch._loads.__wrapped__)
     monkeypatch.delenv("ZO_BACKEND", raising=False)

@@ -1,4 +1,4 @@
-"""Rows to token ids and padded batches: stripping, option lengths, truncation, the forms of a batch."""
+"""Rows to token ids and batches: stripping, option lengths, truncation, the forms of a batch, padded and packed."""
 
 from __future__ import annotations
 
@@ -129,41 +129,75 @@ def test_an_option_without_tokens_is_an_error(characters):
         encode_rows(COPA, [COPA_ROW, COPA_ROW | {"choice1": " "}], characters)
 
 
-def test_collate_pads_on_the_left():
+def test_prompts_to_generate_from_are_padded_on_the_left():
     batch = pad_left([[5, 6, 7], [8]], 9, multiple_of=4)
     assert batch["input_ids"].tolist() == [[9, 5, 6, 7], [9, 9, 9, 8]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
     assert batch["position_ids"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
 
 
-def test_collate_forms(characters, shared):
-    lm = collate([encode(COPA, COPA_ROW | {"label": i}, characters) for i in (0, 1)], 257)
-    assert set(lm) == {"input_ids", "attention_mask", "position_ids", "targets", "counted"}
-    assert lm["input_ids"].shape == (2, 16) and lm["counted"].tolist() == list(range(10))
+INPUTS = {"input_ids", "position_ids", "places", "chosen"}
+SHARED = {"trunks", "branches"}
 
+
+def predicted(batch):
+    """For every label the token that is fed there; targets are what follows it."""
+    rows, width = batch["places"].shape
+    row, column = batch["chosen"] // width, batch["chosen"] % width
+    return batch["input_ids"][row, batch["places"][row, column]].tolist()
+
+
+def test_collate_answers(characters):
+    rows = [COPA_ROW, COPA_ROW | {"choice2": "C def.", "label": 1}]
+    short, long = encodeds = [encode(COPA, row, characters) for row in rows]
+    padded = collate(encodeds, 257)
+    assert set(padded) == INPUTS | {"targets", "counted"}
+    short, long = short.sequences[0], long.sequences[1]  # "<s>P because a b." and "<s>P because c def."
+    assert padded["input_ids"].tolist() == [[*short[:-1], 257, 257], [*long[:-1]]]
+    assert padded["position_ids"].tolist() == [[*range(14), 0, 0], [*range(16)]]
+    assert padded["places"].tolist() == [[9, 10, 11, 12, 13, 0, 0], [*range(9, 16)]]
+    assert padded["targets"].tolist() == [[IGNORED, IGNORED, *short[-5:]], [*long[-7:]]]
+    assert padded["counted"].tolist() == [*range(2, 14)]
+
+    packed = collate(encodeds, 257, packed=True, multiple_of=6)  # 30 tokens, or 2 * 18
+    assert set(packed) == set(padded) | SHARED
+    assert packed["input_ids"].tolist() == [[*short[:-1], *long[:-1]]]
+    assert packed["position_ids"].tolist() == [[*range(14), *range(16)]]
+    assert packed["branches"].tolist() == packed["trunks"].tolist() == [[0] * 14 + [1] * 16]
+    assert torch.equal(packed["targets"], padded["targets"])
+    for batch in (padded, packed):
+        assert predicted(batch) == [*short[-6:-1], *long[-8:-1]]
+        assert all(t.dtype == torch.int64 for t in batch.values())
+
+
+def test_collate_candidates_of_several_tokens(characters):
     rows = [{"sentence": "fine", "label": 1}, {"sentence": "bad", "label": 0}]
-    per_candidate = collate([encode(SST2, row, characters) for row in rows], 257)
-    assert per_candidate["input_ids"].shape[0] == 4 and per_candidate["gold"].tolist() == [1, 0]
-    assert per_candidate["members"].tolist() == [[0, 1], [2, 3]] and per_candidate["valid"].all()
+    encodeds = [encode(SST2, row, characters) for row in rows]
     great = [IGNORED] * 3 + list(plain(characters, " great"))
-    assert per_candidate["targets"][1].tolist() == great and per_candidate["targets"][3].tolist() == great
+    for packed in (False, True):
+        batch = collate(encodeds, 257, packed=packed)
+        assert set(batch) == INPUTS | {"targets", "counted", "members", "valid", "gold"} | (SHARED if packed else set())
+        assert batch["gold"].tolist() == [1, 0] and batch["valid"].all()
+        assert batch["members"].tolist() == [[0, 1], [2, 3]]
+        assert batch["targets"][1].tolist() == great and batch["targets"][3].tolist() == great
+        fed = [t for e in encodeds for s, n in zip(e.sequences, e.option_lengths, strict=True) for t in s[-n - 1 : -1]]
+        assert predicted(batch) == fed
+        # "<s>fine It was " once, with "terribl" and "grea": 24 tokens; in two rows of it or four of one each
+        assert batch["input_ids"].shape == ((2, 24) if packed else (4, 24))
 
+
+def test_collate_candidates_of_one_token(shared):
     # " great" (606) and " terrible" (1639) are single tokens of this one: one prompt a row, no targets
+    rows = [{"sentence": "fine", "label": 1}, {"sentence": "bad", "label": 0}]
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "imdb-llama-6m")
-    one_prompt = collate([encode(SST2, row, tokenizer) for row in rows], 2)
-    assert set(one_prompt) == {
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "candidates",
-        "members",
-        "valid",
-        "gold",
-    }
-    assert one_prompt["candidates"].tolist() == [606, 1639]
-    assert one_prompt["members"].tolist() == [[1, 0], [1, 0]]
-    assert one_prompt["input_ids"][0, -1] == tokenizer("fine It was")["input_ids"][-1]
-    assert all(isinstance(v, torch.Tensor) for v in one_prompt.values())
+    encodeds = [encode(SST2, row, tokenizer) for row in rows]
+    for packed in (False, True):
+        batch = collate(encodeds, 2, packed=packed, multiple_of=10)  # 5 + 5 tokens: one row of 10, or two
+        assert set(batch) == INPUTS | {"candidates", "members", "valid", "gold"} | (SHARED if packed else set())
+        assert batch["candidates"].tolist() == [606, 1639]
+        assert batch["members"].tolist() == [[1, 0], [1, 0]]
+        assert predicted(batch) == [tokenizer("fine It was")["input_ids"][-1]] * 2
+        assert all(isinstance(v, torch.Tensor) for v in batch.values())
 
 
 def test_unequal_numbers_of_candidates(characters):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import ANSWERS, make, pretrained, read, reference_scores
+from references import ANSWERS, CONFIGS, make, pretrained, read, reference_scores, row
 from torch import nn
 from transformers import AutoTokenizer
 
+from zo_finetuner import evaluation
 from zo_finetuner.encoding import collate, context_length, encode_rows
 from zo_finetuner.errors import InputError
 from zo_finetuner.evaluation import evaluate_split, generate_answers, newline_tokens
-from zo_finetuner.objective import training_loss
+from zo_finetuner.objective import option_losses, training_loss
 from zo_finetuner.tasks import f1, get_task
 
 
@@ -43,6 +44,40 @@ def test_evaluate_choices(shared, name, count, model_name):
     assert again["accuracy"] == got["accuracy"] and again["loss"] == pytest.approx(got["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sst2", "cb", "copa"])
+@torch.no_grad()
+def test_a_model_that_cannot_pack_gives_the_same_numbers(shared, name, monkeypatch):
+    model, tokenizer = pretrained(shared, "stories260k-llama")
+    rows = read(shared, name, 12)
+    packed = evaluate_split(model, get_task(name), rows, tokenizer, batch_size=5)
+    monkeypatch.setattr(evaluation, "can_pack", lambda model: False)
+    padded = evaluate_split(model, get_task(name), rows, tokenizer, batch_size=5)
+    assert packed["accuracy"] == padded["accuracy"] and packed["loss"] == pytest.approx(padded["loss"], rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_row_with_many_candidates_is_divided(shared, monkeypatch):
+    """batch_size bounds the sequences of a forward; those of a row that fit into one share its prompt."""
+    model, tokenizer = pretrained(shared, "stories260k-llama")
+    common = {"passage": "Some people met. " * 9, "query": "@placeholder won", "answers": ["Bob"]}
+    names = (["Ann", "Bob", "Cy", "Dan", "Eve", "Flo", "Guy"], ["Bob", "Ann"])
+    rows = [common | {"entities": entities} for entities in names]
+    seen = []
+
+    def spy(model, batch):
+        seen.append(tuple(batch["targets"].shape)[:1] + tuple(batch["input_ids"].shape))
+        return option_losses(model, batch)
+
+    monkeypatch.setattr(evaluation, "option_losses", spy)
+    got = evaluate_split(model, get_task("record"), rows, tokenizer, batch_size=4)
+    assert sorted(count for count, *_ in seen) == [2, 3, 4]
+    encodeds = encode_rows(get_task("record"), rows, tokenizer)
+    assert got["accuracy"] == sum(int(reference_scores(model, e).argmax()) in e.labels for e in encodeds) / 2
+    prompt = len(encodeds[0].prompt)
+    for count, batch_rows, length in seen:
+        assert count > 1 and prompt < batch_rows * length < 2 * prompt
+
+
 def greedy(model, prompt, ends):
     """Token by token without padding, cache or `generate`."""
     ids = list(prompt)
@@ -70,6 +105,18 @@ def test_evaluate_generation(shared):
     assert got["f1"] == sum(f1(t, r["answers"]["text"]) for t, r in zip(texts, rows, strict=True)) / 5
     loss, weight = training_loss(model, collate(encodeds, tokenizer.pad_token_id))
     assert got["loss"] == pytest.approx(float(loss / weight), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_every_architecture_answers_in_batches_as_alone(shared, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260k-llama")
+    room = {"n_positions": 96} if name == "GPT2" else {"max_position_embeddings": 96}
+    model = make(name, vocab_size=len(tokenizer), **room)
+    prompts = [row("generation", n, [[9]], 0, n) for n in (5, 17, 2)]
+    ends = newline_tokens(tokenizer) | {tokenizer.eos_token_id}
+    texts = [tokenizer.decode(greedy(model, p.prompt, ends), skip_special_tokens=True) for p in prompts]
+    assert generate_answers(model, prompts, tokenizer, batch_size=3) == [t.split("\n")[0].strip() for t in texts]
 
 
 class Speaker(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from references import (
     ANSWERS,
-    CONFIGS,
+    MODELS,
     SEVERAL,
     SINGLE,
     VOCABULARY,
@@ -20,16 +20,21 @@ from references import (
 )
 from torch import nn
 
-from zo_finetuner.encoding import collate, encode_rows
-from zo_finetuner.objective import candidate_logits, candidate_scores, last_logits, training_loss
+from zo_finetuner.encoding import collate, encode_rows, pad_left
+from zo_finetuner.isolation import can_pack
+from zo_finetuner.objective import candidate_logits, candidate_scores, label_logits, training_loss
 from zo_finetuner.rows import head_rows, output_head
 from zo_finetuner.tasks import get_task
 
+packed_or_padded = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+every_model = pytest.mark.parametrize(("name", "attention"), MODELS)
 
-@pytest.mark.parametrize("name", CONFIGS)
+
+@packed_or_padded
+@every_model
 @torch.no_grad()
-def test_language_model_loss_is_the_models_own(name):
-    model = make(name)
+def test_language_model_loss_is_the_models_own(name, attention, packed):
+    model = make(name, attention)
     total, tokens = 0.0, 0
     for encoded in ANSWERS:
         ids = torch.tensor([encoded.sequences[0]])
@@ -37,38 +42,44 @@ def test_language_model_loss_is_the_models_own(name):
         labels[:, : -encoded.option_lengths[0]] = -100
         total += model(input_ids=ids, labels=labels).loss * encoded.option_lengths[0]
         tokens += encoded.option_lengths[0]
-    loss, weight = training_loss(model, collate(ANSWERS, 0))
+    loss, weight = training_loss(model, collate(ANSWERS, 0, packed=packed))
     assert loss.dtype == weight.dtype == torch.float32 and loss.shape == weight.shape == ()
     assert weight == tokens == 7
     torch.testing.assert_close(loss, total, rtol=2e-6, atol=0)
 
-    # The padded batch at once, as the model's own loss sees it.
-    batch = collate(ANSWERS, 0)
-    ids = torch.cat([batch["input_ids"], torch.tensor([[e.sequences[0][-1]] for e in ANSWERS])], 1)
-    mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
-    labels = torch.full_like(ids, -100)
-    labels[:, -4:] = batch["targets"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    own = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
+
+@every_model
+@torch.no_grad()
+def test_the_models_own_loss_of_a_padded_batch(name, attention):
+    """As its users call it: padded on the left, one mask, labels."""
+    model = make(name, attention)
+    padded = pad_left([e.sequences[0] for e in ANSWERS], 0)
+    labels = torch.full_like(padded["input_ids"], -100)
+    for row, encoded in zip(labels, ANSWERS, strict=True):
+        row[-encoded.option_lengths[0] :] = torch.tensor(encoded.sequences[0][-encoded.option_lengths[0] :])
+    own = model(**padded, labels=labels).loss
+    loss, weight = training_loss(model, collate(ANSWERS, 0, packed=True))
     torch.testing.assert_close(loss / weight, own, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [SINGLE, SEVERAL], ids=["one_prompt", "per_candidate"])
-@pytest.mark.parametrize("name", CONFIGS)
+@packed_or_padded
+@pytest.mark.parametrize("rows", [SINGLE, SEVERAL], ids=["one_prompt", "several_tokens"])
+@every_model
 @torch.no_grad()
-def test_classification_loss(name, rows):
-    model = make(name)
-    batch = collate(rows, 0)
+def test_classification_loss(name, attention, rows, packed):
+    model = make(name, attention)
+    batch = collate(rows, 0, packed=packed)
     assert ("candidates" in batch) == (rows is SINGLE)
     loss, weight = training_loss(model, batch)
     assert weight == 3
     torch.testing.assert_close(loss, reference_loss(model, rows), rtol=1e-6, atol=0)
 
 
+@packed_or_padded
 @torch.no_grad()
-def test_one_row_of_several_tokens_sends_the_batch_the_long_way():
+def test_one_row_of_several_tokens_sends_the_batch_the_long_way(packed):
     model = make("Llama")
-    batch = collate([*SINGLE, SEVERAL[0]], 0)
+    batch = collate([*SINGLE, SEVERAL[0]], 0, packed=packed)
     assert "candidates" not in batch
     expected = reference_loss(model, [*SINGLE, SEVERAL[0]])
     torch.testing.assert_close(training_loss(model, batch)[0], expected, rtol=1e-6, atol=0)
@@ -76,27 +87,30 @@ def test_one_row_of_several_tokens_sends_the_batch_the_long_way():
     assert scores.shape == (4, 3) and scores[:3, 2].isneginf().all()
 
 
+@packed_or_padded
 @torch.no_grad()
-def test_real_sst2_rows(shared):
+def test_real_sst2_rows(shared, packed):
     model, tokenizer = pretrained(shared, "imdb-llama-6m")
     rows = read(shared, "sst2", 16)
     encodeds = encode_rows(get_task("sst2"), rows, tokenizer)
     assert all(e.shares_prompt for e in encodeds)
-    loss, weight = training_loss(model, collate(encodeds, tokenizer.pad_token_id))
+    loss, weight = training_loss(model, collate(encodeds, tokenizer.pad_token_id, packed=packed))
     assert weight == 16
     torch.testing.assert_close(loss, reference_loss(model, encodeds), rtol=1e-6, atol=0)
     assert 0.5 < loss / weight < 1.5
 
 
+@packed_or_padded
 @pytest.mark.parametrize(
-    "rows", [SINGLE * 3, SEVERAL * 3, ANSWERS * 3], ids=["one_prompt", "per_candidate", "answers"]
+    "rows", [SINGLE * 3, SEVERAL * 3, ANSWERS * 3], ids=["one_prompt", "several_tokens", "answers"]
 )
 @torch.no_grad()
-def test_any_split_of_a_window_gives_one_loss(rows):
+def test_any_split_of_a_window_gives_one_loss(rows, packed):
     model = make("Llama")
 
     def window(size):
-        parts = [training_loss(model, collate(rows[i : i + size], 0)) for i in range(0, len(rows), size)]
+        batches = [collate(rows[i : i + size], 0, packed=packed) for i in range(0, len(rows), size)]
+        parts = [training_loss(model, batch) for batch in batches]
         return sum(loss for loss, _ in parts) / sum(weight for _, weight in parts)
 
     torch.testing.assert_close(window(1), window(9), rtol=1e-6, atol=0)
@@ -129,52 +143,70 @@ def test_logits_are_made_where_they_count_only():
         training_loss(model, collate(ANSWERS, 0))  # the longest answer has 4 tokens
         training_loss(model, collate(SEVERAL, 0))  # 9 sequences; the longest option has 3
         training_loss(model, collate(SINGLE, 0))  # 2 rows of the head
-    assert shapes == [(3, 4, VOCABULARY), (9, 3, VOCABULARY), (3, 1, 2)]
+        training_loss(model, collate(ANSWERS, 0, packed=True))  # two rows, with 4 and 2 + 1 tokens
+        training_loss(model, collate(SEVERAL, 0, packed=True))  # one row, 3 examples with 1 + 3 + 2 option tokens
+        training_loss(model, collate(SINGLE, 0, packed=True))  # two rows, one with two prompts
+    padded = [(3, 4, VOCABULARY), (9, 3, VOCABULARY), (3, 1, 2)]
+    assert shapes == [*padded, (2, 4, VOCABULARY), (1, 18, VOCABULARY), (2, 2, 2)]
     assert candidate_logits(model, collate(SINGLE, 0), torch.tensor([7, 11, 3])).shape == (3, 3)
+
+
+@torch.no_grad()
+def test_a_prompt_is_computed_once():
+    """Tokens that the model is fed: prompts of 5, 12 and 9, options of 1, 3 and 2 whose last is only a target."""
+    model = make("Llama")
+    fed = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: fed.append(args[0].numel()))
+    training_loss(model, collate(SEVERAL, 0, packed=True, multiple_of=1))
+    assert fed == [5 + 12 + 9 + 3 * (2 + 1)]
 
 
 class Stub(nn.Module):
     """As small as a language model gets; it has no device of its own to wait for."""
 
-    def __init__(self):
+    def __init__(self, tells_head=True):
         super().__init__()
         self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.tells_head = tells_head
+        self.config = transformers.PreTrainedConfig(attn_implementation="sdpa")
 
     def get_output_embeddings(self):
-        return self.head
+        return self.head if self.tells_head else None
 
-    def forward(self, input_ids, attention_mask, logits_to_keep=0):
-        hidden = self.embedding(input_ids)[:, -logits_to_keep:]
-        return transformers.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
+    def forward(self, input_ids, attention_mask):
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.head(self.embedding(input_ids)))
 
 
-@pytest.mark.parametrize("rows", [SINGLE, SEVERAL, ANSWERS], ids=["one_prompt", "per_candidate", "answers"])
+@packed_or_padded
+@pytest.mark.parametrize("rows", [SINGLE, SEVERAL, ANSWERS], ids=["one_prompt", "several_tokens", "answers"])
 @torch.no_grad()
-def test_no_wait_for_the_host(rows):
+def test_no_wait_for_the_host(rows, packed):
     """Meta tensors have no values: any .item(), .tolist(), boolean index or nonzero raises."""
-    batch = {name: tensor.to("meta") for name, tensor in collate(rows, 0).items()}
+    batch = {name: tensor.to("meta") for name, tensor in collate(rows, 0, packed=packed).items()}
     loss, weight = training_loss(Stub().to("meta"), batch)
     assert loss.device.type == "meta" and loss.shape == weight.shape == ()
 
 
-class NoKeep(transformers.LlamaForCausalLM):
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None):
-        return super().forward(input_ids, attention_mask, position_ids)
+@torch.no_grad()
+def test_a_model_that_does_not_tell_its_head():
+    """Its logits cover all positions; the labels' are taken from them."""
+    model, silent = Stub(), Stub(tells_head=False)
+    silent.load_state_dict(model.state_dict())
+    for batch in (collate(SEVERAL, 0), collate(ANSWERS, 0)):
+        assert torch.equal(label_logits(silent, batch), label_logits(model, batch))
+    assert not model.head._forward_pre_hooks
 
 
 @torch.no_grad()
-def test_a_forward_without_logits_to_keep():
-    model = make("Llama")
-    old = NoKeep(model.config).eval()
-    old.load_state_dict(model.state_dict())
-    for rows in (SINGLE, SEVERAL, ANSWERS):
-        batch = collate(rows, 0)
-        with head_shapes(old) as shapes:
-            loss, _ = training_loss(old, batch)
-        with head_shapes(model) as expected:
-            assert torch.equal(loss, training_loss(model, batch)[0])
-        assert shapes == expected
-    assert not old.lm_head._forward_pre_hooks
+def test_an_answer_kept_from_an_earlier_call():
+    """Paired probing answers the second closure's calls of the model without running it."""
+    model, answers = make("Llama"), []
+    batch = collate(SEVERAL, 0, packed=True)
+    hook = model.register_forward_hook(lambda module, args, output: answers.append(output))
+    expected = label_logits(model, batch)
+    hook.remove()
+    model.forward = lambda **inputs: answers[0]
+    assert torch.equal(label_logits(model, batch), expected)
 
 
 # --- the head's rows
@@ -247,7 +279,7 @@ def test_a_head_that_is_not_plain_falls_back():
     torch.nn.utils.parametrize.register_parametrization(model.lm_head, "weight", nn.Identity())
     with head_rows(model, torch.tensor([7, 11])) as only_rows:
         assert not only_rows and not hasattr(model.lm_head, "_zo_rows")
-        assert last_logits(model, collate(SINGLE, 0), 1).shape == (3, 1, VOCABULARY)
+        assert label_logits(model, collate(SINGLE, 0)).shape == (3, VOCABULARY)
     torch.testing.assert_close(training_loss(model, collate(SINGLE, 0))[0], expected, rtol=1e-6, atol=0)
 
 
@@ -260,9 +292,11 @@ def test_lora(targets):
     wrapped = peft.get_peft_model(model, config).eval()
     with head_rows(wrapped, torch.tensor([7, 11])) as only_rows:
         assert only_rows == ("lm_head" not in targets)
+    assert can_pack(wrapped)
     for rows in (SINGLE, SEVERAL):
-        loss = training_loss(wrapped, collate(rows, 0))[0]
-        torch.testing.assert_close(loss, reference_loss(wrapped, rows), rtol=1e-6, atol=0)
+        for packed in (True, False):
+            loss = training_loss(wrapped, collate(rows, 0, packed=packed))[0]
+            torch.testing.assert_close(loss, reference_loss(wrapped, rows), rtol=1e-6, atol=0)
     with head_shapes(wrapped) as shapes:
         training_loss(wrapped, collate(ANSWERS, 0))
     assert shapes == [(3, 4, VOCABULARY)]

@@ -64,6 +64,8 @@ def use_backend(name: str) -> Iterator[None]:
 @functools.cache
 def _loads() -> bool:
     """Whether this GPU and driver run the machine code in `_cuda` (a T4 is older than its oldest, sm_80)."""
+    if not torch.cuda.is_available():
+        return True  # `zo env` asks what would be
     from zo_kernels import _cuda
 
     try:

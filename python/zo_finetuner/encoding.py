@@ -1,4 +1,4 @@
-"""From a row to token ids, and from several of those to one left-padded batch.
+"""From a row to token ids, and from several of those to one batch, packed or padded.
 
 An option is scored at the tokens it adds to the end of the prompt: their number is the length of the
 verbalised text minus the length of the prompt alone, both tokenised whole (MeZO, Malladi et al. 2023). The
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.packing import Document, fill_rows, grow, lay_out
 from zo_finetuner.tasks import Task
 from zo_finetuner.tasks.templates import Row
 
@@ -125,54 +126,86 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def collate(
-    encodeds: Sequence[Encoded], pad_id: int, *, multiple_of: int = 8, gold_only: bool | None = None
+    encodeds: Sequence[Encoded],
+    pad_id: int,
+    *,
+    packed: bool = False,
+    multiple_of: int = 8,
+    gold_only: bool | None = None,
 ) -> dict[str, Tensor]:
     """One batch for `objective`, as int64 and bool tensors on the CPU.
 
-    Always there: input_ids, attention_mask, position_ids (N, T), padded on the left to a multiple of
-    `multiple_of`. With gold_only (the default but for classification) N = B sequences, each row's first
-    correct option, and
-        targets (N, K)  option tokens, right-aligned, IGNORED before them; K is the longest option
-        counted (P,)    flat indices of the P real targets
-    Otherwise N counts all candidates of all B rows, and there are besides
-        members (B, C)  which sequence is candidate c of row b        valid (B, C)  whether b has a candidate
-        c
+    packed: examples share rows (`packing`), and candidates of several tokens their prompt. For models that keep
+    them apart: pass `isolation.can_pack(model)`. Otherwise every sequence has a row of its own, padded behind.
+    T is a multiple of `multiple_of`.
+
+    Always there: input_ids, position_ids (N, T), and where logits are wanted: places (N, K), chosen (M,); with a
+    row that several share also trunks, branches (N, T) (`packing.lay_out`). With gold_only (the default but for
+    classification) of S = B sequences, each row's first correct option,
+        targets (S, L)  option tokens, right-aligned, IGNORED before them; L is the longest option
+        counted (M,)    flat indices of the M real targets, in the order of the labels
+    Otherwise S counts all candidates of all B rows, and there are besides
+        members (B, C)  which sequence is candidate c of row b
+        valid (B, C)    whether b has a candidate c
         gold (B,)       the correct candidate
-    or, where every candidate of every row is one token after a common prompt, N = B prompts, no targets, and
+    or, where every candidate of every row is one token after a common prompt, the label is the prompt's last token,
+    M = B, there are no targets, and
         candidates (V,) the distinct option tokens, sorted            members (B, C) index into candidates
     """
     if gold_only is None:
         gold_only = encodeds[0].kind != "classification"
     if gold_only:
-        sequences = [e.sequences[e.labels[0]] for e in encodeds]
-        lengths = [e.option_lengths[e.labels[0]] for e in encodeds]
-        return collate_options(sequences, lengths, pad_id, multiple_of)
+        gold = [[(e.sequences[e.labels[0]], e.option_lengths[e.labels[0]])] for e in encodeds]
+        return collate_options(gold, pad_id, packed=packed, multiple_of=multiple_of)
 
     counts = torch.tensor([len(e.sequences) for e in encodeds])
     valid = torch.arange(int(counts.max())) < counts[:, None]
     members = torch.zeros(valid.shape, dtype=torch.int64)
     if all(e.shares_prompt for e in encodeds):
-        batch = pad_left([e.sequences[0][:-1] for e in encodeds], pad_id, multiple_of)
+        prompts = [Document(e.sequences[0][:-1]) for e in encodeds]
+        labels = [(i, 0, len(prompt) - 1) for i, prompt in enumerate(prompts)]
+        batch = _lay_out(prompts, labels, pad_id, packed, multiple_of)
         options = torch.tensor([s[-1] for e in encodeds for s in e.sequences])
         batch["candidates"], members[valid] = options.unique(return_inverse=True)
     else:
-        lengths = [n for e in encodeds for n in e.option_lengths]
-        batch = collate_options([s for e in encodeds for s in e.sequences], lengths, pad_id, multiple_of)
-        members[valid] = torch.arange(len(lengths))
+        candidates = [list(zip(e.sequences, e.option_lengths, strict=True)) for e in encodeds]
+        batch = collate_options(candidates, pad_id, packed=packed, multiple_of=multiple_of)
+        members[valid] = torch.arange(batch["targets"].shape[0])
     gold = torch.tensor([e.labels[0] for e in encodeds])
     return batch | {"members": members, "valid": valid, "gold": gold}
 
 
 def collate_options(
-    sequences: Sequence[Sequence[int]], option_lengths: Sequence[int], pad_id: int, multiple_of: int = 8
+    groups: Sequence[Sequence[tuple[tuple[int, ...], int]]],
+    pad_id: int,
+    *,
+    packed: bool = False,
+    multiple_of: int = 8,
 ) -> dict[str, Tensor]:
-    """Inputs, targets and counted of `collate` for these sequences and the lengths of the options that end
-    them."""
-    targets = torch.full((len(sequences), max(option_lengths)), IGNORED)
-    for i, (sequence, length) in enumerate(zip(sequences, option_lengths, strict=True)):
-        targets[i, -length:] = torch.tensor(sequence[-length:])
-    batch = pad_left([s[:-1] for s in sequences], pad_id, multiple_of)
+    """`collate` for groups of (sequence, length of the option that ends it), S in all; those of a group share their
+    prompt in a packed batch."""
+    documents, labels = [], []
+    for group in groups:
+        fed = [sequence[:-1] for sequence, _ in group]
+        lengths = iter(length for _, length in group)
+        for document in grow(fed) if packed else map(Document, fed):
+            for path, end in enumerate(document.ends):
+                # The token before the option predicts its first, and so on: the last `length` that are fed.
+                labels += [(len(documents), path, p) for p in range(end - next(lengths), end)]
+            documents.append(document)
+    options = [sequence[-length:] for group in groups for sequence, length in group]
+    width = max(map(len, options))
+    targets = torch.tensor([[IGNORED] * (width - len(option)) + list(option) for option in options])
+    batch = _lay_out(documents, labels, pad_id, packed, multiple_of)
     return batch | {"targets": targets, "counted": (targets != IGNORED).flatten().nonzero().flatten()}
+
+
+def _lay_out(
+    documents: list[Document], labels: list[tuple[int, int, int]], pad_id: int, packed: bool, multiple_of: int
+) -> dict[str, Tensor]:
+    sizes = [len(document) for document in documents]
+    rows = fill_rows(sizes, multiple_of) if packed else [[i] for i in range(len(sizes))]
+    return lay_out(documents, rows, labels, pad_id, multiple_of)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 8) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from zo_finetuner.encoding import (
     pad_token,
 )
 from zo_finetuner.errors import InputError
+from zo_finetuner.isolation import can_pack
 from zo_finetuner.objective import candidate_scores, option_losses
 from zo_finetuner.tasks import Task, accuracy, f1
 from zo_finetuner.tasks.templates import Row
@@ -42,8 +43,8 @@ def evaluate_split(
 
     loss is the training objective. Classification and multiple choice: accuracy of the candidate with the
     largest mean log-probability per token. Generation: mean F1 of greedy text (`generate_answers`) over the
-    best gold. batch_size counts sequences: rows where one prompt pass scores a row, else candidates. Raises
-    InputError for an empty split.
+    best gold. batch_size counts sequences: rows where one prompt pass scores a row, else candidates; those of a
+    row share its prompt where the model can pack. Raises InputError for an empty split.
     """
     if not examples:
         raise InputError(f'task "{task.name}": nothing to evaluate, the split is empty')
@@ -81,7 +82,7 @@ def generate_answers(
     eos = {tokenizer.eos_token_id} - {None}
     pad_id = pad_token(tokenizer)
     texts = [""] * len(encodeds)
-    for rows in _batches([len(e.prompt) for e in encodeds], batch_size, progress):
+    for rows in _batches([len(e.prompt) for e in encodeds], [1] * len(encodeds), batch_size, progress):
         inputs = _to(model, pad_left([encodeds[i].prompt for i in rows], pad_id))
         length = inputs["input_ids"].shape[1]
         # Spelt out, so that a checkpoint's own sampling or repetition penalty (Qwen2: 1.1) has no say.
@@ -120,10 +121,11 @@ def _choose(
     """The training loss, and the index of the best candidate of every row."""
     gold = torch.tensor([e.labels[0] for e in encodeds])
     sizes = [len(e.sequences) for e in encodeds]
+    packed = can_pack(model)
     if task.kind == "classification" and all(e.shares_prompt for e in encodeds):
         scores = [torch.empty(0)] * len(encodeds)
-        for rows in _batches([len(e.sequences[0]) for e in encodeds], batch_size, progress):
-            batch = _to(model, collate([encodeds[i] for i in rows], pad_id))
+        for rows in _batches([len(e.sequences[0]) for e in encodeds], [1] * len(encodeds), batch_size, progress):
+            batch = _to(model, collate([encodeds[i] for i in rows], pad_id, packed=packed))
             for i, row_scores in zip(rows, candidate_scores(model, batch).double().cpu(), strict=True):
                 scores[i] = row_scores[: sizes[i]]
     else:
@@ -143,13 +145,21 @@ def _option_sums(
 ) -> tuple[Tensor, Tensor]:
     """Summed negative log-probability and number of the option tokens, fp64 on the CPU, one entry per
     candidate of every row, in their order."""
-    sequences = [s for e in encodeds for s in e.sequences]
-    lengths = [n for e in encodeds for n in e.option_lengths]
-    losses = torch.zeros(len(sequences), dtype=torch.float64)
-    for some in _batches([len(s) for s in sequences], batch_size, progress):
-        batch = _to(model, collate_options([sequences[i] for i in some], [lengths[i] for i in some], pad_id))
-        losses[some] = option_losses(model, batch).double().sum(1).cpu()
-    return losses, torch.tensor(lengths, dtype=torch.float64)
+    packed = can_pack(model)
+    options = [option for e in encodeds for option in zip(e.sequences, e.option_lengths, strict=True)]
+    groups = []  # of candidates that share a prompt, few enough for a batch
+    first = 0
+    for e in encodeds:
+        end = first + len(e.sequences)
+        groups += [range(k, min(k + batch_size, end)) for k in range(first, end, batch_size)]
+        first = end
+    losses = torch.zeros(len(options), dtype=torch.float64)
+    longest = [max(len(options[i][0]) for i in group) for group in groups]
+    for some in _batches(longest, list(map(len, groups)), batch_size, progress):
+        chosen = [groups[k] for k in some]
+        batch = _to(model, collate_options([[options[i] for i in group] for group in chosen], pad_id, packed=packed))
+        losses[[i for group in chosen for i in group]] = option_losses(model, batch).double().sum(1).cpu()
+    return losses, torch.tensor([length for _, length in options], dtype=torch.float64)
 
 
 def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,9 +167,16 @@ def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _batches(lengths: list[int], batch_size: int, progress: bool) -> Iterable[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _batches(lengths: list[int], sizes: list[int], batch_size: int, progress: bool) -> Iterable[list[int]]:
+    """Numbers of items, longest first, in batches of up to batch_size by the sum of their sizes."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if sizes[i] > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(i)
+        room -= sizes[i]
     if progress:
         from tqdm.auto import tqdm
 

@@ -2,8 +2,8 @@
 
 An objective is `objective(model, batch) -> (loss_sum, weight)`, two fp32 scalars on the model's device. The
 loss of a window of micro-batches is sum(loss_sum) / sum(weight), so eight micro-batches of one are one batch
-of eight. Which loss it is, and whether one prompt pass will do, `encoding.collate` has decided: it shows in
-the batch's keys.
+of eight. Which loss it is, whether one prompt pass will do and what shares a row, `encoding.collate` has
+decided: it shows in the batch's keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_finetuner.rows import forward_accepts, head_rows, last_positions
+from zo_finetuner.masks import attention_mask, positions_as_given
+from zo_finetuner.rows import forward_accepts, head_rows, label_places
 
 Batch = Mapping[str, Tensor]
 
@@ -50,34 +51,29 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def candidate_logits(model: nn.Module, batch: Batch, token_ids: Tensor) -> Tensor:
-    """(N, V) fp32 logits after the last input token for the V token_ids (int64, on the model's device). Only
-    those rows of the head are read, wherever `head_rows` can."""
+    """(M, V) fp32 logits at the batch's M labels for the V token_ids (int64, on the model's device). Only those
+    rows of the head are read, wherever `head_rows` can."""
     with head_rows(model, token_ids) as only_rows:
-        logits = last_logits(model, batch, 1)[:, 0]
+        logits = label_logits(model, batch)
     return (logits if only_rows else logits.index_select(1, token_ids)).float()
 
 
 def option_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """(N, K) fp32 negative log-probabilities of the targets, 0 where there is none."""
+    """(S, L) fp32 negative log-probabilities of the targets, 0 where there is none."""
     targets, counted = batch["targets"], batch["counted"]
-    logits = last_logits(model, batch, targets.shape[1]).flatten(0, 1)
-    # Cast the counted positions only: the fp32 copies are the largest tensors of the loss.
-    losses = F.cross_entropy(
-        logits.index_select(0, counted).float(), targets.flatten().index_select(0, counted), reduction="none"
-    )
+    logits = label_logits(model, batch).float()
+    losses = F.cross_entropy(logits, targets.flatten().index_select(0, counted), reduction="none")
     return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
 
 
-def last_logits(model: nn.Module, batch: Batch, count: int) -> Tensor:
-    """(N, count, vocabulary) logits of the last `count` positions, in the model's dtype."""
+def label_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """(M, vocabulary) logits at the batch's M labels, in the model's dtype; M is `chosen`'s length."""
     accepts = forward_accepts(model)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": attention_mask(model, batch)}
     if "position_ids" in accepts:
-        # Without them GPT-2 counts the padding too, and every padded row gets other positions than alone.
         inputs["position_ids"] = batch["position_ids"]
     if "use_cache" in accepts:
         inputs["use_cache"] = False
-    if "logits_to_keep" in accepts:
-        return model(**inputs, logits_to_keep=count).logits
-    with last_positions(model, count):
-        return model(**inputs).logits[:, -count:]
+    with label_places(model, batch["places"]) as at_places, positions_as_given():
+        logits = at_places(model(**inputs).logits)
+    return logits.flatten(0, 1).index_select(0, batch["chosen"])

@@ -1,14 +1,18 @@
-"""Forwards that compute less of the output head: only some vocabulary rows, or only the last positions.
+"""Forwards that compute less of the output head: only some vocabulary rows, or only some positions.
 
 Both work with hooks on the head, so the model's own forward still does all the rest: soft caps (Gemma 2),
 logit scales (Cohere, Granite) and adapters keep their effect.
+
+A batch may be doubled inside the model call, its rows repeated along dimension 0 (`paired.py`): the head is then given
+(2N, T, hidden) where the caller's batch has N rows.  All that is made here keeps rows in dimension 0, the repeats one
+behind the other, so that halves split before the head, after it and in what the model returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,18 +70,25 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def last_positions(model: nn.Module, count: int) -> Iterator[None]:
-    """Within the context the output head sees only the last `count` positions: what `logits_to_keep` does,
-    for the models whose forward lacks it (xLSTM, Whisper's decoder, code from the Hub)."""
+def label_places(model: nn.Module, places: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the context the output head sees only the hidden states at `places`, (N, K) int64 places in the N rows:
+    (R * N, T, hidden) becomes (R * N, K, hidden) for a batch of R repeats.
+
+    Yields a function to call on the logits: it takes the places of a model that does not tell its head, or makes its
+    logits elsewhere, and leaves (N, K, vocabulary) as it is, also where the model's answer was kept from an earlier
+    call and the head is not run."""
     head = output_head(model)
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][..., -count:, :], *args[1:]))
+
+    def take(states: Tensor) -> Tensor:
+        index = places.to(states.device).repeat(states.shape[0] // places.shape[0], 1)
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (take(args[0]), *args[1:]))
     try:
-        yield
+        yield lambda logits: take(logits) if head is None or logits.shape[1] != places.shape[1] else logits
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

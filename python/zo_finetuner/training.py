@@ -28,6 +28,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.evaluation import evaluate_split
 from zo_finetuner.files import make_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin
+from zo_finetuner.isolation import can_pack
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
@@ -63,7 +64,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         num_eval=config.num_eval,
     )
     set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    model, tokenizer = load_model(
+        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
+        random_weights=config.random_weights,
+    )
     limit = min(config.max_length, context_length(model))
     splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
     method = make_method(
@@ -108,6 +112,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "best_step": _best_step(trainer),
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
+        "random_weights": config.random_weights,
         "seed": config.seed,
         "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
@@ -155,7 +160,7 @@ def _trainer(
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["dev"],
-        data_collator=partial(collate, pad_id=pad_token(tokenizer)),
+        data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model)),
         task=task,
         tokenizer=tokenizer,
         zo={"optimizer": method, "eps": config.eps, "probing": config.probing},
