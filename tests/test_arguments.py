@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import types
 
@@ -140,6 +142,17 @@ def test_a_block_that_changed_since_it_was_listed_is_named():
         zk.update_(later, SEEDS, COEFS)
     first = named.refresh()
     assert named.refresh() is first  # what backends key their tables on
+
+
+@pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))), ids=("copy", "pickle"))
+def test_a_copy_of_blocks_works_on_its_own_tensors(duplicate):
+    own = blocks()
+    zk.perturb_(own, SEED, COEF)
+    other = duplicate(own)
+    before = [tensor.clone() for tensor in own.tensors]
+    zk.perturb_(other, SEED, -COEF)
+    assert all(map(torch.equal, own.tensors, before))
+    assert all(tensor.abs().max() < 1e-6 for tensor in other.tensors)
 
 
 def test_an_expanded_view_is_refused():

@@ -60,6 +60,10 @@ class Blocks:
         self.refresh()
         self.index = {name: i for i, name in enumerate(self.names)}
 
+    def __getstate__(self) -> dict:
+        """A copy or a pickle has tensors of its own, so none of the tables that backends keep here."""
+        return {**{k: v for k, v in self.__dict__.items() if not k.endswith(("_table", "_tables"))}, "addresses": ()}
+
     def refresh(self) -> tuple[int, ...]:
         """The tensors' addresses, checked again if any has changed (`param.data = ...`, `module.to()`, a storage
         freed by a sharding wrapper).  The same tuple object as long as nothing moved: backends key their tables on
