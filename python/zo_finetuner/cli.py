@@ -1,4 +1,4 @@
-"""The command line: `zo train | eval | demo | convert | env`.
+"""The command line: `zo train | eval | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     run = arguments.pop("run")
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
     logging.getLogger("zo_finetuner").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
     warnings.showwarning = _one_line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()
@@ -56,7 +57,8 @@ def keep_large_buffers() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from zo_finetuner.config import DTYPES, add_flags
+    from zo_finetuner.config import add_flags
+    from zo_finetuner.loading import DTYPES
 
     parser = argparse.ArgumentParser(prog="zo", description="Fine-tune language models with forward passes only.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -77,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-eval", type=int, help="validation rows; default: the protocol's")
     evaluate.add_argument("--data-seed", type=int, default=0)
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
+
+    plan = verb("plan", _plan, "predict memory and time of a step from a model's config, before anything is downloaded")
+    plan.add_argument("--model", required=True, help="folder with a config.json, or a Hub id (its config is fetched)")
+    plan.add_argument("--task", default="sst2", help="decides how many logits a row needs (default: sst2)")
+    plan.add_argument("--batch", type=int, default=16, help="rows (default: 16)")
+    plan.add_argument("--seq", type=int, default=256, help="tokens of every row (default: 256)")
+    plan.add_argument("--option-tokens", type=int, help="tokens of an answer (default: 1 in classification, else 16)")
+    plan.add_argument("--optimizer", default="mezo")
+    plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
+    plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
+    plan.add_argument("--device", help="cpu, or a GPU by name (default: the one here, else all that are known)")
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="a device of so much memory")
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON (bytes, seconds)")
 
     demo = verb("demo", _demo, "pretrain a tiny model, fine-tune it two ways, draw the curves; needs no file")
     demo.add_argument("--output-dir", default="demo-out")
@@ -122,6 +137,16 @@ def _eval(arguments: dict[str, Any]) -> None:
     print(json.dumps(values, indent=2))
     if arguments["output"]:
         write_json(Path(arguments["output"]), values)
+
+
+def _plan(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.plan import make_plan, plan_devices
+    from zo_finetuner.plan_report import as_json, report
+
+    asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype")
+    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked})
+    devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
+    print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 
 
 def _demo(arguments: dict[str, Any]) -> None:

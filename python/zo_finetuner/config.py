@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
+from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, check_method
 from zo_finetuner.probing import MODES
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -42,8 +41,11 @@ class RunConfig:
     lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
     warmup_steps: int = _option(0, "steps of learning-rate warm-up")
     weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
-    probing: str = _option("auto", "scratch (weights never written by a probe), inplace, or auto by dtype")
+    probing: str = _option(
+        "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
+    )
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
+    random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
     lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
     lora_alpha: int = _option(16, "LoRA's alpha")
     num_train: int | None = _option(None, "training rows; default: the protocol's")

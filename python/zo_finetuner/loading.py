@@ -2,41 +2,111 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import InputError, nearest
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+logger = logging.getLogger(__name__)
 
 
-def load_model(source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer).  source: a local folder in Hugging Face format, or a Hub id.
+def load_model(
+    source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16, random_weights: bool = False
+) -> tuple[nn.Module, Any]:
+    """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
+    Hub id.
 
     dtype: "auto" keeps the checkpoint's.  lora_rank > 0 wraps the model in a PEFT LoRA adapter, whose weights alone
-    are trained.  Raises InputError: a missing file, truncated or integer weights, an unknown architecture."""
+    are trained.  random_weights: see `random_model`; the folder needs a config and a tokenizer only.
+
+    A checkpoint goes to the GPU tensor by tensor from its memory-mapped files: the host holds pages of the files,
+    which the kernel may drop, and at most a few tensors that are being cast.
+    Raises InputError: a missing file, truncated or integer weights, an unknown architecture."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    folder = Path(source)
-    if folder.exists() or source.startswith((".", "/", "~")):
-        check_folder(folder)
+    if _is_local(source):
+        check_folder(Path(source), weights=not random_weights)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     hf_logging.disable_progress_bar()
-    try:
+    with told_as_input_error(f"model {source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        if random_weights:
+            model = random_model(source, dtype, device)
+        else:
+            # Without a map the model is put together on the host, and cast there where dtypes differ.
+            where = {"device_map": {"": device}} if device.type != "cpu" else {}
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    if lora_rank:
+        model = _with_lora(model, lora_rank, lora_alpha).to(device)
+    return model.eval(), tokenizer
+
+
+def random_model(source: str, dtype: str = "auto", device: torch.device | str = "cpu") -> nn.Module:
+    """A model of `source`'s config, freshly initialised (normal with the config's `initializer_range` for matrices, as
+    transformers does before pretraining) where it will be used: no checkpoint is read, no copy is made on the host.
+
+    For throughput and memory, which depend on shapes alone; its losses mean nothing.  Draws from the device's default
+    generator.  dtype "auto" is the config's, else float32.  Raises InputError."""
+    model = _build(source, dtype, device)
+    logger.warning(
+        "weights of %s are RANDOM (std %s): good for throughput and memory, its losses mean nothing",
+        source,
+        getattr(model.config.get_text_config(), "initializer_range", "by transformers' default"),
+    )
+    return model
+
+
+def empty_model(source: str, dtype: str = "auto") -> nn.Module:
+    """A model of `source`'s config without storage (device meta), in eval mode.  Of a Hub id the config alone is
+    fetched.  Raises InputError; a quantised checkpoint is one, its shapes are not in the config."""
+    return _build(source, dtype, "meta")
+
+
+def _build(source: str, dtype: str, device: torch.device | str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    require_dtype(dtype)
+    if _is_local(source):
+        _check_config(Path(source))
+    with told_as_input_error(f"model {source}: cannot be built from its config"):
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised: use the bfloat16 checkpoint's")
+        kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+
+
+def require_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise InputError(f'unknown dtype "{name}"{nearest(name, DTYPES)}; there are: {", ".join(DTYPES)}')
+
+
+@contextlib.contextmanager
+def told_as_input_error(what: str) -> Iterator[None]:
+    """Faults that transformers finds in a model's files become one line."""
+    try:
+        yield
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"model {source}: cannot be loaded ({reason[:300]})") from None
-    if lora_rank:
-        model = _with_lora(model, lora_rank, lora_alpha)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval(), tokenizer
+        raise InputError(f"{what} ({reason[:300]})") from None
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).exists() or source.startswith((".", "/", "~"))
 
 
 def _with_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
@@ -50,19 +120,14 @@ def _with_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
         raise InputError(f"LoRA: {' '.join(str(error).split())[:300]}") from None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise InputError unless the folder holds a config, a tokenizer and whole safetensors files of floats."""
-    if not folder.is_dir():
-        raise InputError(f"model {folder}: no such folder")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f"model {folder}: config.json is missing; give a folder in Hugging Face format")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: is not valid JSON ({error})") from None
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """Raise InputError unless the folder holds a config, a tokenizer and whole safetensors files of floats (weights
+    False: no matter which)."""
+    _check_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
+    if not weights:
+        return
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -76,6 +141,18 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"model {folder}: no .safetensors file; convert the weights with model.save_pretrained()")
     for file in files:
         check_safetensors(file)
+
+
+def _check_config(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"model {folder}: no such folder")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"model {folder}: config.json is missing; give a folder in Hugging Face format")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config}: is not valid JSON ({error})") from None
 
 
 def check_safetensors(file: Path) -> None:
