@@ -117,7 +117,7 @@ def accesses(code: list[Instruction], kind: str) -> collections.Counter:
     )
 
 
-def per_element(code: list[Instruction], itemsize: int) -> float:
-    """Instructions per element of a loop that stores every element once."""
-    stored = sum(size * count for size, count in accesses(code, "STG").items())
-    return sum(i.opcode != "NOP" for i in code) / (stored / itemsize)
+def per_element(code: list[Instruction], itemsize: int, kind: str = "STG") -> float:
+    """Instructions per element of a loop that stores (kind LDG: loads) every element once."""
+    moved = sum(size * count for size, count in accesses(code, kind).items())
+    return sum(i.opcode != "NOP" for i in code) / (moved / itemsize)

@@ -142,6 +142,10 @@ def test_a_block_that_changed_since_it_was_listed_is_named():
         zk.update_(later, SEEDS, COEFS)
     first = named.refresh()
     assert named.refresh() is first  # what backends key their tables on
+    square = torch.nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+    later = zk.Blocks([("w", square)])
+    first, square.data = later.refresh(), square.data.t()  # at the same address
+    assert later.refresh() is not first
 
 
 @pytest.mark.parametrize("duplicate", (copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))), ids=("copy", "pickle"))

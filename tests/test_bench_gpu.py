@@ -84,7 +84,7 @@ def test_a_suite_builds_tests_and_measures(suite, tmp_path):
     assert configure.start() < build.start() < tests.start() < bench.start()
     assert f"-Dpybind11_DIR=/pybind11 -DZO_OUTPUT_DIR={ROOT}/zo_kernels" in calls
     assert f"-DPython_EXECUTABLE={tmp_path}/bin/python3" in calls
-    assert "-k cuda or gpu" in calls and "tests/test_triton.py" in calls and "tests/test_bench_gpu.py" in calls
+    assert "-k cuda or gpu" in calls and "tests/test_triton_noise.py" in calls and "tests/test_bench_gpu.py" in calls
     budget = re.search(r"-m bench kernels --device cuda --out (\S+) --budget (\d+)\n", calls)
     assert calls.endswith(f"-m bench.profile --model-like llama-1b --device cuda --out {tmp_path}/out\n")
     assert budget[1] == str(tmp_path / "out") and 480 < int(budget[2]) <= 505

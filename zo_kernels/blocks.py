@@ -57,6 +57,7 @@ class Blocks:
         self.offsets = list(offsets) if offsets is not None else [0] * len(pairs)
         self.numels = [tensor.numel() for tensor in self.tensors]
         self.addresses: tuple[int, ...] = ()
+        self._strides: tuple[tuple[int, ...], ...] = ()
         self.refresh()
         self.index = {name: i for i, name in enumerate(self.names)}
 
@@ -65,13 +66,14 @@ class Blocks:
         return {**{k: v for k, v in self.__dict__.items() if not k.endswith(("_table", "_tables"))}, "addresses": ()}
 
     def refresh(self) -> tuple[int, ...]:
-        """The tensors' addresses, checked again if any has changed (`param.data = ...`, `module.to()`, a storage
-        freed by a sharding wrapper).  The same tuple object as long as nothing moved: backends key their tables on
-        it.  0.1 us a tensor."""
+        """The tensors' addresses, checked again if any has changed, or a stride (`param.data = ...`, `module.to()`, a
+        storage freed by a sharding wrapper).  The same tuple object as long as nothing moved: backends key their
+        tables on it.  0.2 us a tensor."""
         addresses = tuple(map(Tensor.data_ptr, self.tensors)) if self.device.type != "meta" else ()
-        if addresses != self.addresses or not addresses:
+        strides = tuple(map(Tensor.stride, self.tensors))
+        if not addresses or addresses != self.addresses or strides != self._strides:
             self._check()
-            self.addresses = addresses
+            self.addresses, self._strides = addresses, strides
         return self.addresses
 
     def _check(self) -> None:

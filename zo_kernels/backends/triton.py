@@ -1,59 +1,36 @@
 """The Triton backend: launchers of `zo_kernels.triton_kernels`, with the names and signatures of `reference`.
 
-`axpy_` makes one launch per (dtype, layout) of a model, usually one, from tables that live on the device;
-they are built at the first call and cached on the `Blocks` object.  `scratch` makes one launch per tensor.
-`block_stats` has no kernel yet: torch reductions in fp64, block by block.  Only building tables waits for the
-device (so make one call before capturing a CUDA graph).
+`axpy_`, `dot_noise` and `block_stats` make one launch for all the tensors of a list that are contiguous on 16-byte
+boundaries, whatever their dtypes, from tables that live on the device; the tables are built at the first call and
+cached on the `Blocks` object.  The other tensors (`misfits`) take a slower kernel, one launch for each number of
+strided dimensions.  `scratch` and `update_scratch_` make one launch per tensor.  Statistics and dots end in one small
+launch more.  Only building tables waits for the device (so make one call before capturing a CUDA graph).
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels.blocks import Blocks
+from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.triton_kernels.axpy import axpy_kernel
+from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
 from zo_kernels.triton_kernels.scratch import scratch_kernel
+from zo_kernels.triton_kernels.statistics import statistics_kernel
+from zo_kernels.triton_kernels.table import Group, Tables, build
 
 BLOCK = 2048  # elements per tile: two 16-byte accesses of a 16-bit dtype per thread, 40 to 80 registers
-CHUNK = 1 << 16  # elements per program of axpy_: 458,000 chunks for 30B parameters, a table of 5.5 MB
+UPDATE_BLOCK = 1024  # of update_scratch_: four Philox calls per 8 elements took 117 registers at 2048, take 72
+CHUNK = 1 << 16  # elements per program of a list: 458,000 chunks for 30B parameters, a table of 7.3 MB
 SPAN = 1 << 14  # elements per program of scratch: a 4096 x 4096 matrix has 1,024 programs, for 132 processors
-STATS = 1 << 25  # elements per step of block_stats: 256 MB of fp64
+LANES = 256  # chunks that the second stage of a reduction reads at a time
 # Contraction off: the contract's one fma is written out, and nothing else may be fused.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 IN_REGISTERS = 2  # directions held in registers; more are read again for every tile
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@dataclass
-class Group:
-    """The blocks that one launch covers: same dtype, all aligned or all not, as many strided dimensions."""
-
-    dtype: torch.dtype
-    aligned: bool
-    dims: int
-    chunk_block: Tensor  # int32 (chunks,)
-    chunk_start: Tensor  # int64 (chunks,)
-    shape: Tensor | None  # int64 (blocks, dims)
-    stride: Tensor | None
-
-
-@dataclass
-class Tables:
-    """A `Blocks` as the kernel reads it: a row per block, and per group a row per chunk."""
-
-    key: tuple[int, ...]
-    address: Tensor  # int64 (blocks,), as are the next three
-    numel: Tensor
-    offset: Tensor
-    tensor_id: Tensor
-    groups: list[Group]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -86,61 +63,48 @@ def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> N
             )
 
 
-def _dims(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that remain when neighbours that lie in one run are merged; none for a
-    contiguous tensor."""
-    if tensor.is_contiguous():
-        return []
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
-
-
-def _chunks(numel: int, offset: int) -> Tensor:
-    """Where the chunks of a tensor begin (int64, its elements): wherever the global index is a multiple of
-    CHUNK, and at its first element, rounded down to a global index that is a multiple of 128."""
-    cuts = torch.arange(offset // CHUNK, (offset + numel - 1) // CHUNK + 1, dtype=torch.int64) * CHUNK
-    return cuts.clamp(min=offset // 128 * 128) - offset
-
-
 def _tables(blocks: Blocks) -> Tables:
-    """The tables of `blocks`, from its cache.  Comparing the addresses takes 0.2 us a tensor; without it, a
-    parameter with a new storage (`param.data = ...`, `module.to()`) would be written where it used to be."""
-    key = (CHUNK, *map(Tensor.data_ptr, blocks.tensors))
+    """The tables of `blocks`, from its cache.  A parameter with a new storage (`param.data = ...`, `module.to()`)
+    makes new ones: it would be written where it used to be."""
+    addresses = blocks.refresh()
     cached = getattr(blocks, "triton_tables", None)
-    if cached is not None and cached.key == key:
-        return cached
+    if cached is None or cached.addresses is not addresses:
+        cached = blocks.triton_tables = build(blocks, addresses, CHUNK)
+    return cached
 
-    def column(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(blocks.device)
 
-    layouts: dict[tuple[torch.dtype, bool, int], list[int]] = {}
-    dims = [_dims(tensor) for tensor in blocks.tensors]
-    for b, tensor in enumerate(blocks.tensors):
-        aligned = not dims[b] and tensor.data_ptr() % 16 == 0 and blocks.offsets[b] % 128 == 0
-        if blocks.numels[b]:
-            layouts.setdefault((tensor.dtype, aligned, len(dims[b])), []).append(b)
-    groups = []
-    for (dtype, aligned, rank), members in layouts.items():
-        starts = [_chunks(blocks.numels[b], blocks.offsets[b]) for b in members]
-        counts = torch.tensor([start.numel() for start in starts])
-        owner = torch.tensor(members, dtype=torch.int32).repeat_interleave(counts).to(blocks.device)
-        shape = stride = None
-        if rank:
-            rows = [dims[b] if len(dims[b]) == rank else [(1, 0)] * rank for b in range(len(blocks))]
-            shape = column([[size for size, _ in row] for row in rows])
-            stride = column([[step for _, step in row] for row in rows])
-        groups.append(Group(dtype, aligned, rank, owner, torch.cat(starts).to(blocks.device), shape, stride))
-    blocks.triton_tables = Tables(
-        key, column(list(key[1:])), column(blocks.numels), column(blocks.offsets), column(blocks.ids), groups
-    )
-    return blocks.triton_tables
+def misfits(blocks: Blocks) -> list[str]:
+    """Names of the blocks that take the slower kernels: not contiguous, not on a 16-byte boundary, or beginning at a
+    global index that is no multiple of 128."""
+    slow = [b for group in _tables(blocks).groups if not group.aligned for b in group.members]
+    return [blocks.names[b] for b in sorted(slow)]
+
+
+def _options(group: Group, dist: str) -> dict:
+    """What kernels over tables are compiled for."""
+    shape = {"DTYPES": group.dtypes, "ALIGNED": group.aligned, "DIMS": group.dims, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    return shape | {"SIGNS": dist == "rademacher"} | LAUNCH
+
+
+def _partial(chunks: int, stats: BlockStats | None, device: torch.device) -> Tensor | None:
+    """For the sums of each chunk, which `_finish` reads."""
+    return None if stats is None else torch.empty((chunks, 4), dtype=torch.float64, device=device)
+
+
+def _from(first: int, rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows[first:]
+
+
+def _finish(stats: BlockStats | None, partial: Tensor | None, blocks: Tensor | None) -> None:
+    """The second stage of statistics."""
+    if stats is not None:
+        grid = (len(stats.mean),)
+        statistics_kernel[grid](partial, blocks, len(partial), *stats, LANES=LANES, **LAUNCH)
+
+
+def _stride(scale: Tensor | None, one: int) -> int:
+    """From one direction's scales to the next's; `one` is the rank of a scale that serves them all."""
+    return 0 if scale is None or scale.dim() == one else scale.stride(0)
 
 
 def axpy_(
@@ -151,42 +115,99 @@ def axpy_(
     decay: Tensor | None,
     rounding_seed: Tensor | None,
     dist: str,
+    stats: BlockStats | None,
 ) -> None:
     if not len(blocks):
         return
-    tables = _tables(blocks)
-    count = seeds.shape[0]
+    tables, count = _tables(blocks), seeds.shape[0]
+    partial = _partial(tables.chunks, stats, blocks.device)
     with _on(blocks.device):
         for group in tables.groups:
-            axpy_kernel[(group.chunk_block.shape[0],)](
-                group.chunk_block,
-                group.chunk_start,
-                tables.address,
-                tables.numel,
-                tables.offset,
-                tables.tensor_id,
-                group.shape,
-                group.stride,
+            axpy_kernel[(len(group.chunks),)](
+                tables.blocks,
+                group.chunks,
+                group.layouts,
                 scale,
+                _stride(scale, 1),
                 seeds,
                 coefs,
                 count,
                 decay,
-                None if group.dtype == torch.float32 else rounding_seed,
-                DTYPE=_DTYPES[group.dtype],
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
+                None if group.dtypes == (tl.float32,) else rounding_seed,
+                _from(group.first, partial),
+                COUNT=count if count <= IN_REGISTERS else 0,
+                **_options(group, dist),
+            )
+        _finish(stats, partial, tables.blocks)
+
+
+def _scratch(
+    theta: Tensor,
+    out: Tensor,
+    mirror: Tensor | None,
+    rows: Tensor | None,
+    tensor_id: int,
+    update: tuple,
+    probe: tuple,
+    dist: str,
+    stats: BlockStats | None,
+) -> None:
+    """update: (seeds or None, coefs, scale, decay, rounding seed); probe: (seed, coef, scale, nearest_above)."""
+    seeds, coefs, scale, decay, rounding_seed = update
+    seed, coef, probe_scale, nearest_above = probe
+    if theta.dtype == torch.float32:
+        rounding_seed = nearest_above = None
+    tensors = (theta, out) if mirror is None else (theta, out, mirror)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    if not out.numel():
+        width = repeats = pieces = 0
+    elif rows is None:
+        width, repeats = theta.numel(), 1
+        pieces = -(-width // SPAN)
+    else:
+        width, repeats = theta[0].numel(), rows.shape[0]
+        aligned = aligned and width % 128 == 0
+        # A row that begins inside a span reaches into one more.
+        whole = SPAN % width == 0 or width % SPAN == 0
+        pieces = -(-width // SPAN) + (not whole)
+    count = 0 if seeds is None else seeds.shape[0]
+    partial = _partial(pieces, stats, theta.device)
+    with _on(theta.device):
+        if repeats * pieces:
+            scratch_kernel[(repeats * pieces,)](
+                theta,
+                out,
+                mirror,
+                rows,
+                width,
+                pieces,
+                tensor_id,
+                seeds,
+                coefs,
+                scale,
+                _stride(scale, 0),
+                count,
+                decay,
+                rounding_seed,
+                seed,
+                coef,
+                probe_scale,
+                nearest_above,
+                partial,
+                SPAN=SPAN,
+                BLOCK=BLOCK if seeds is None else UPDATE_BLOCK,
                 COUNT=count if count <= IN_REGISTERS else 0,
                 SIGNS=dist == "rademacher",
-                ALIGNED=group.aligned,
-                DIMS=group.dims,
+                ALIGNED=aligned,
                 **LAUNCH,
             )
+        _finish(stats, partial, None)
 
 
 def scratch(
     theta: Tensor,
     out: Tensor,
+    mirror: Tensor | None,
     tensor_id: int,
     seed: Tensor,
     coef: Tensor,
@@ -194,43 +215,62 @@ def scratch(
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
+    stats: BlockStats | None,
 ) -> None:
-    if not out.numel():
+    probe = (seed, coef, scale, nearest_above)
+    _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats)
+
+
+def update_scratch_(
+    theta: Tensor,
+    out: Tensor,
+    mirror: Tensor | None,
+    tensor_id: int,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+    next_seed: Tensor,
+    next_coef: Tensor,
+    next_scale: Tensor | None,
+    nearest_above: Tensor | None,
+    dist: str,
+    stats: BlockStats | None,
+) -> None:
+    update = (seeds, coefs, scale, decay, rounding_seed)
+    probe = (next_seed, next_coef, next_scale, nearest_above)
+    _scratch(theta, out, mirror, None, tensor_id, update, probe, dist, stats)
+
+
+def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, stats: BlockStats | None) -> None:
+    if not len(blocks):
         return
-    aligned = theta.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-    if rows is None:
-        width, count = theta.numel(), 1
-        pieces = -(-width // SPAN)
-    else:
-        width, count = theta[0].numel(), rows.shape[0]
-        aligned = aligned and width % 128 == 0
-        # A row that begins inside a span reaches into one more.
-        whole = SPAN % width == 0 or width % SPAN == 0
-        pieces = -(-width // SPAN) + (not whole)
-    with _on(theta.device):
-        scratch_kernel[(count * pieces,)](
-            theta,
-            out,
-            rows,
-            width,
-            pieces,
-            tensor_id,
-            seed,
-            coef,
-            scale,
-            None if theta.dtype == torch.float32 else nearest_above,
-            SPAN=SPAN,
-            BLOCK=BLOCK,
-            SIGNS=dist == "rademacher",
-            ALIGNED=aligned,
-            **LAUNCH,
-        )
+    tables = _tables(blocks)
+    count = 0 if seeds is None else seeds.shape[0]
+    partial = _partial(tables.chunks, stats, blocks.device)
+    dots = torch.empty((count, tables.chunks), dtype=torch.float64, device=blocks.device) if count else None
+    with _on(blocks.device):
+        for group in tables.groups:
+            read_kernel[(len(group.chunks),)](
+                tables.blocks,
+                group.chunks,
+                group.layouts,
+                seeds,
+                count,
+                None if dots is None else dots[0, group.first :],
+                tables.chunks,
+                _from(group.first, partial),
+                **_options(group, dist),
+            )
+        if dots is not None:
+            sum_kernel[(len(blocks), count)](dots, tables.chunks, tables.blocks, out, LANES=LANES, **LAUNCH)
+        _finish(stats, partial, tables.blocks)
 
 
-def block_stats(blocks: Blocks, mean: Tensor, var: Tensor) -> None:
-    for b, tensor in enumerate(blocks.tensors):
-        parts = tensor.reshape(-1).split(STATS)
-        center = torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum() / blocks.numels[b]
-        squares = torch.stack([(part.double() - center).square_().sum() for part in parts]).sum()
-        mean[b] = center
-        var[b] = squares / max(blocks.numels[b] - 1, 1)
+def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:
+    _read(blocks, seeds, out, dist, stats)
+
+
+def block_stats(blocks: Blocks, stats: BlockStats) -> None:
+    _read(blocks, None, None, "normal", stats)

@@ -1,8 +1,9 @@
-"""theta_b = round(decay * theta_b + sum_k coef_k * scale_b * z_kb) for every tensor b of a model, in place.
+"""theta_b = round(decay * theta_b + sum_k coef_k * scale_kb * z_kb) for every tensor b of a model, in place.
 
-One launch covers all tensors of a (dtype, layout): each program takes one chunk, and its row of the chunk
-table says which tensor that is and where in it.  Bytes moved per element of a 16-bit tensor: 4, for any
-number of directions.  What changes from step to step is read from device memory: nothing recompiles.
+One launch covers all aligned tensors, whatever their dtypes: each program takes one chunk, and the chunk's row in the
+table says which tensor that is and where in it.  Bytes moved per element of a 16-bit tensor: 4, for any number of
+directions and with the statistics of the new weights.  What changes from step to step is read from device memory:
+nothing recompiles.
 """
 
 from __future__ import annotations
@@ -10,54 +11,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zo_kernels.triton_kernels.span import load_directions, masked_span, span
+from zo_kernels.triton_kernels.directions import advance, load_directions, load_if
+from zo_kernels.triton_kernels.span import walk
+from zo_kernels.triton_kernels.statistics import add, close_sums, open_sums
+from zo_kernels.triton_kernels.table import KIND, TENSOR_ID, open_chunk, open_tensor
 
-_RUNTIME = ["chunk_block", "chunk_start", "address", "numel", "offset", "tensor_id", "shape", "stride",
-            "scale", "seeds", "coefs", "count", "decay", "rounding_seed"]  # fmt: skip
+_RUNTIME = ["blocks", "chunks", "layouts", "scale", "scale_stride", "seeds", "coefs", "count", "decay",
+            "rounding_seed", "partial"]  # fmt: skip
+
+
+@triton.jit
+def _update(work, sums, place, inside, first, i, BLOCK: tl.constexpr, SIGNS: tl.constexpr):
+    theta, change, shift = work
+    new = advance(tl.load(theta + place, mask=inside), change, first, i, BLOCK, SIGNS)
+    tl.store(theta + place, new, mask=inside)
+    return add(sums, new, shift, inside, BLOCK)
+
+
+@triton.jit
+def _update_chunk(
+    theta, change, span, partial,
+    BLOCK: tl.constexpr, SIGNS: tl.constexpr, ALIGNED: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    shift, sums = open_sums(theta, span, BLOCK, DIMS, partial is not None)
+    sums = walk(_update, (theta, change, shift), sums, span, BLOCK, SIGNS, ALIGNED, DIMS)
+    close_sums(partial, sums, shift, theta, span, DIMS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def axpy_kernel(
-    chunk_block,  # int32 (chunks,): which block
-    chunk_start,  # int64 (chunks,): the chunk's first element in it; above -128, see `masked_span`
-    address,  # int64 (blocks,): data_ptr
-    numel,  # int64 (blocks,)
-    offset,  # int64 (blocks,): global index of element 0
-    tensor_id,  # int64 (blocks,)
-    shape,  # int64 (blocks, DIMS) or None
-    stride,  # int64 (blocks, DIMS) or None: in elements
-    scale,  # fp32 (blocks,) or None
+    blocks,  # int64 (blocks, FIELDS): `table`
+    chunks,  # int64 (programs, 2)
+    layouts,  # int64 (blocks, 2 * DIMS) or None: sizes and strides
+    scale,  # fp32 (blocks,), (count, blocks) or None
+    scale_stride: tl.int64,  # from one direction's scales to the next's: 0 or blocks
     seeds,  # int64 (count,)
     coefs,  # fp32 (count,)
     count: tl.int32,
     decay,  # fp32 () or None
     rounding_seed,  # int64 () or None: to nearest
-    DTYPE: tl.constexpr,
-    CHUNK: tl.constexpr,  # chunks are cut at multiples of CHUNK in the global index
+    partial,  # fp64 (programs, 4) or None: no statistics
+    DTYPES: tl.constexpr,  # the dtypes that occur
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,  # `count` where the directions fit in registers, else 0
     SIGNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    block = tl.load(chunk_block + chunk)
-    start = tl.load(chunk_start + chunk)
-    first = tl.load(offset + block) + start
-    left = tl.minimum(tl.load(numel + block) - start, CHUNK - (first & (CHUNK - 1))).to(tl.int32)
-    theta = tl.load(address + block).to(tl.pointer_type(DTYPE))
-    name = tl.load(tensor_id + block)
-    sigma = 1.0 if scale is None else tl.load(scale + block)
-    shrink = () if decay is None else (tl.load(decay),)
-    rounding = () if rounding_seed is None else (tl.load(rounding_seed),)
-    directions = load_directions(seeds, coefs, sigma, count, COUNT)
-    change = (name, directions, shrink, rounding)
-    if ALIGNED:
-        theta = tl.multiple_of(theta + start, 16)
-        span(theta, theta, first, left, change, BLOCK, COUNT, SIGNS)
-    else:
-        if DIMS > 0:
-            shape += block * DIMS
-            stride += block * DIMS
-        skip = tl.maximum(-start, 0).to(tl.int32)
-        masked_span(theta, theta, start, first, skip, left, shape, stride, change, BLOCK, COUNT, SIGNS, DIMS)
+    block, row, start, span = open_chunk(blocks, chunks, layouts, CHUNK, DIMS)
+    tensor_id = tl.load(row + TENSOR_ID)
+    scales = () if scale is None else (scale + block, scale_stride)
+    directions = load_directions(seeds, coefs, scales, count, COUNT)
+    shrink = load_if(decay)
+    rounding = load_if(rounding_seed)
+    if partial is not None:
+        partial += tl.program_id(0).to(tl.int64) * 4
+    if len(DTYPES) > 1:
+        kind = tl.load(row + KIND)
+    for k in tl.static_range(len(DTYPES)):
+        theta = open_tensor(row, start, DTYPES[k], ALIGNED, DIMS)
+        change = (tensor_id, directions, shrink, () if DTYPES[k] == tl.float32 else rounding)
+        if len(DTYPES) == 1:
+            _update_chunk(theta, change, span, partial, BLOCK, SIGNS, ALIGNED, DIMS)
+        else:
+            if kind == k:
+                _update_chunk(theta, change, span, partial, BLOCK, SIGNS, ALIGNED, DIMS)
