@@ -82,7 +82,7 @@ def _require_apart(tensors: dict[str, Tensor | None]) -> None:
         if tensor is not None and tensor.numel() and not tensor.is_meta:
             start = tensor.data_ptr()
             if start == 0:
-                raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it before this call")
+                raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it first")
             spans.append((start, start + tensor.nbytes, name))
     spans.sort()
     for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
