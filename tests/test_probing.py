@@ -292,5 +292,5 @@ def test_auto_picks_by_dtype():
     for dtype, kind in ((torch.float32, InPlaceProbing), (torch.bfloat16, ScratchProbing)):
         model = tiny("llama", dtype)
         assert isinstance(make_probing("auto", model, trainable_blocks(model)), kind)
-    with pytest.raises(ValueError, match="auto, scratch, inplace"):
+    with pytest.raises(ValueError, match="auto, scratch, paired, inplace"):
         make_probing("scrath", model, trainable_blocks(model))

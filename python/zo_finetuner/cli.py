@@ -1,4 +1,4 @@
-"""The command line: `zo train | eval | plan | demo | convert | env`.
+"""The command line: `zo train | eval | learn | show | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -58,6 +58,7 @@ def keep_large_buffers() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from zo_finetuner.config import add_flags
+    from zo_finetuner.learning.command import add_commands
     from zo_finetuner.loading import DTYPES
 
     parser = argparse.ArgumentParser(prog="zo", description="Fine-tune language models with forward passes only.")
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add_flags(verb("train", _train, "fine-tune a model on a task"))
+    add_commands(verbs)
 
     evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows")
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Engine:
 
     method: an ask/tell method (`zo_finetuner.optim`), made for `blocks` where it keeps something per block.
     eps: size of the perturbation.  seed: the run's seed, any unsigned 64-bit integer (0 is a seed).
-    probing: "scratch" (weights never written by a probe), "inplace" (fp32 weights, adapters), "auto" by dtype.
+    probing: "scratch" (weights never written by a probe), "paired" (scratch, both signs in one forward), "inplace"
+        (fp32 weights, adapters), "auto" by dtype.
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
 
     Raises InputError for eps that is not positive and finite, and what `trainable_blocks` raises.
@@ -73,8 +75,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
-        """One step: `loss_fn()` is called once per probe and must run forwards only.  Returns the mean of the probes'
-        losses (0-dim fp32, on the device); NaN when the step was skipped.
+        """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
+        times more before it trusts a kind of model call.  Returns the mean of the probes' losses (0-dim fp32, on the
+        device), NaN when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
@@ -92,7 +95,9 @@ class Engine:
             if self.step_count == 0:
                 self._report_share(request[0])
             while not isinstance(request, Update):
-                losses = torch.stack([self._evaluate(probe, loss_fn) for probe in request])
+                losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
+                self.probing.rehearse(request, losses, loss_fn)
+                losses = torch.stack(losses)
                 finite = torch.isfinite(losses).all()
                 with phase("tell"):
                     request = self.method.tell(losses)
@@ -121,8 +126,8 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe, loss_fn: LossFn) -> Tensor:
-        with phase("probe"), self.probing.at(probe), phase("forward"):
+    def _evaluate(self, probe: Probe, following: Probe | None, loss_fn: LossFn) -> Tensor:
+        with phase("probe"), self.probing.at(probe, following), phase("forward"):
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
@@ -146,7 +151,7 @@ class Engine:
 
     def _report_share(self, probe: Probe) -> None:
         """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
-        if self.probing.mode == "scratch" and any(t.dtype != torch.float32 for t in self.blocks.tensors):
+        if self.probing.mode != "inplace" and any(t.dtype != torch.float32 for t in self.blocks.tensors):
             self.realised_share = share = self.probing.realised_share(probe)
             low, middle, high = share.min(), share.median(), share.max()
             logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class InPlaceProbing:
         self._displaced: Probe | None = None
 
     @contextlib.contextmanager
-    def at(self, probe: Probe) -> Iterator[None]:
+    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
         here = self._displaced
         if here is not None and here.direction is not probe.direction:
             self.restore()
@@ -36,6 +37,9 @@ class InPlaceProbing:
 
     def measure(self) -> None:
         """Nothing to measure: an in-place probe rounds to nearest."""
+
+    def rehearse(self, probes: list[Probe], losses: list[Tensor], loss_fn: Callable[[], Any]) -> None:
+        """Nothing to rehearse: the closure sees a model with other weights."""
 
     def restore(self) -> None:
         here, self._displaced = self._displaced, None

@@ -6,8 +6,10 @@
     scratch    module by module, just in time: a forward pre-hook writes theta + c * scale_b * z_b into a reusable
                stack and swaps the parameter's storage, an always-called forward hook swaps it back.  theta is never
                written: `torch.equal` after any number of probes, after an exception, after Ctrl-C.
+    paired     a scratch for each sign, made in one pass, and one forward of a doubled batch for both.
 
-Both (`inplace.py`, `scratch.py`) are used as `with probing.at(probe): loss = ...`, then `apply()` or `restore()`.
+All (`inplace.py`, `scratch.py`, `paired.py`) are used as `with probing.at(probe, following): loss = ...`, then
+`apply()` or `restore()`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ import torch
 from torch import nn
 
 from zo_finetuner.inplace import InPlaceProbing
+from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
 from zo_kernels import Blocks
 
-MODES = ("auto", "scratch", "inplace")
+PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceProbing)}
+MODES = ("auto", *PROBINGS)
 
 
-def make_probing(mode: str, model: nn.Module, blocks: Blocks) -> InPlaceProbing | ScratchProbing:
-    """mode "auto": scratch where any trainable weight has 16 bits, else in place."""
+def make_probing(mode: str, model: nn.Module, blocks: Blocks) -> InPlaceProbing | ScratchProbing | PairedProbing:
+    """mode "auto": scratch where any trainable weight has 16 bits, else in place.  Paired probing doubles activations
+    and is asked for by name: on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
     if mode == "auto":
         mode = "scratch" if any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
-    return ScratchProbing(model, blocks) if mode == "scratch" else InPlaceProbing(model, blocks)
+    return PROBINGS[mode](model, blocks)

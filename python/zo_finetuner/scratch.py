@@ -7,8 +7,8 @@ parameters' storages; an always-called forward hook swaps them back and frees th
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zo_finetuner.coverage import CoverageCheck
 from zo_finetuner.lookup import rows_in_use
 from zo_finetuner.optim.base import Probe, Update
+from zo_finetuner.stack import Frame, ScratchStack
 from zo_finetuner.update import apply_terms
 from zo_kernels import Blocks, draw_noise, scratch, seed_tensor, ulp
 
@@ -34,8 +35,8 @@ class ScratchProbing:
         self.measure()
         self._parameters = {id(p): blocks.index[n] for n, p in model.named_parameters() if n in blocks.index}
         self._modules = [m for m in model.modules() if any(id(p) in self._parameters for p in m._parameters.values())]
-        self._stacks: dict[torch.device, _ScratchStack] = {}
-        self._frames: list[_Frame] = []
+        self._stacks: dict[torch.device, ScratchStack] = {}
+        self._frames: list[Frame] = []
         self._checked = False
 
     def measure(self) -> None:
@@ -45,23 +46,16 @@ class ScratchProbing:
         self._nearest_above = torch.stack(spacing)
 
     @contextlib.contextmanager
-    def at(self, probe: Probe) -> Iterator[None]:
-        seed = seed_tensor(probe.direction.seed, self.blocks.device)
+    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
+        """Within it the model computes with the weights of `probe`.  following: the step's next probe, if any."""
+        self._set(probe)
         check = contextlib.nullcontext() if self._checked else CoverageCheck(self.model, self.blocks)
-        own_reads = contextlib.nullcontext if self._checked else check.paused
-
-        def swap_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            with own_reads():
-                return self._swap_in(module, args, kwargs, probe, seed)
-
-        def swap_out(module: nn.Module, args: tuple, output: object) -> None:
-            self._swap_out(module)
-
+        self._own_reads = contextlib.nullcontext if self._checked else check.paused
         handles = []
         try:
             for module in self._modules:
-                handles.append(module.register_forward_pre_hook(swap_in, with_kwargs=True))
-                handles.append(module.register_forward_hook(swap_out, always_call=True))
+                handles.append(module.register_forward_pre_hook(self._swap_in, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._swap_out, always_call=True))
             with check:
                 yield
             self._checked = True
@@ -71,47 +65,62 @@ class ScratchProbing:
             for handle in handles:
                 handle.remove()
 
-    def _swap_in(self, module: nn.Module, args: tuple, kwargs: dict, probe: Probe, seed: Tensor):
+    def _set(self, probe: Probe) -> None:
+        self._probe, self._seed = probe, seed_tensor(probe.direction.seed, self.blocks.device)
+
+    def _swap_in(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "gradients are enabled while the weights are swapped for a probe: evaluate the loss under no_grad, "
                 "and do not call backward() in the closure"
             )
-        frame = _Frame(module)
-        self._frames.append(frame)
-        rows, replaced = rows_in_use(module, args, kwargs)
-        for parameter in module._parameters.values():
-            block = self._parameters.get(id(parameter))
-            if block is None or any(f.holds(parameter) for f in self._frames):
-                continue
-            theta = parameter.data
-            count = theta.shape[0] if rows is None else rows.shape[0]
-            stack = self._stacks.setdefault(theta.device, _ScratchStack(theta.device))
-            out = frame.take(stack, (count, *theta.shape[1:]), theta.dtype)
-            self._write(theta, out, block, probe, seed, rows)
-            frame.swap(parameter, out)
-        return replaced
+        with self._own_reads():
+            frame = Frame(module)
+            self._frames.append(frame)
+            rows, replaced = rows_in_use(module, args, kwargs)
+            for parameter in module._parameters.values():
+                block = self._parameters.get(id(parameter))
+                if block is not None and not any(f.holds(parameter) for f in self._frames):
+                    self._perturb(frame, parameter, block, rows)
+            return replaced
+
+    def _perturb(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
+        out = self._take(frame, parameter, rows)
+        self._write(parameter.data, out, block, rows)
+        frame.swap(parameter, out)
+
+    def _take(self, frame: Frame, parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+        """Room on the stack for a parameter, or for some rows of it."""
+        count = parameter.shape[:1] if rows is None else rows.shape
+        stack = self._stacks.setdefault(parameter.device, ScratchStack(parameter.device))
+        return frame.take(stack, (*count, *parameter.shape[1:]), parameter.dtype)
 
     def _write(
-        self, theta: Tensor, out: Tensor, block: int, probe: Probe, seed: Tensor, rows: Tensor | None = None
+        self, theta: Tensor, out: Tensor, block: int, rows: Tensor | None = None, mirror: Tensor | None = None
     ) -> None:
-        """out = the perturbed theta (or rows of it) of a block; theta may be its leading elements."""
-        scale = probe.direction.scale
+        """out = the perturbed theta (or rows of it) of a block, mirror its other sign; theta may be its leading
+        elements."""
+        probe, scale = self._probe, self._probe.direction.scale
         scratch(
             theta,
             out,
             self.blocks.ids[block],
-            seed,
+            self._seed,
             probe.coef,
             None if scale is None else scale[block],
+            mirror=mirror,
             nearest_above=self._nearest_above[block],
             rows=rows,
             dist=probe.direction.dist,
         )
 
-    def _swap_out(self, module: nn.Module) -> None:
+    def _swap_out(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._frames and self._frames[-1].module is module:
-            self._frames.pop().undo()
+            with self._own_reads():  # under inference mode a swap of storages is an operator
+                self._frames.pop().undo()
+
+    def rehearse(self, probes: list[Probe], losses: list[Tensor], loss_fn: Callable[[], Any]) -> None:
+        """Nothing to rehearse: `CoverageCheck` has watched the first probe."""
 
     def restore(self) -> None:
         """Nothing to undo: theta was never written."""
@@ -123,13 +132,13 @@ class ScratchProbing:
     def realised_share(self, probe: Probe) -> Tensor:
         """Per block <d, z> / <z, z> of the rounded perturbation d actually made, over at most 2^20 elements of it:
         (blocks,) fp32.  1 is exact; a small block under stochastic rounding scatters around 1."""
-        seed = seed_tensor(probe.direction.seed, self.blocks.device)
+        self._set(probe)
         shares = []
         for b, tensor in enumerate(self.blocks.tensors):
             theta = tensor.reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
-            self._write(theta, out, b, probe, seed)
-            z = draw_noise(theta.numel(), seed, self.blocks.ids[b], dist=probe.direction.dist).double()
+            self._write(theta, out, b)
+            z = draw_noise(theta.numel(), self._seed, self.blocks.ids[b], dist=probe.direction.dist).double()
             scale = probe.direction.scale
             step = probe.coef.double() * (1.0 if scale is None else scale[b].double())
             shares.append(((out.double() - theta.double()) * z).sum() / (step * (z * z).sum()))
@@ -141,60 +150,3 @@ class ScratchProbing:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._nearest_above = state["nearest_above"].to(self._nearest_above)
 
-
-class _Frame:
-    """What one module call has swapped and taken from the stack."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self._swapped: list[tuple[nn.Parameter, Tensor]] = []
-        self._stack: _ScratchStack | None = None
-        self._mark = None
-
-    def holds(self, parameter: nn.Parameter) -> bool:
-        return any(p is parameter for p, _ in self._swapped)
-
-    def take(self, stack: _ScratchStack, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self._stack is None:
-            self._stack, self._mark = stack, stack.mark()
-        return stack.take(shape, dtype)
-
-    def swap(self, parameter: nn.Parameter, out: Tensor) -> None:
-        self._swapped.append((parameter, parameter.data))
-        parameter.data = out
-
-    def undo(self) -> None:
-        for parameter, own in reversed(self._swapped):
-            parameter.data = own
-        if self._stack is not None:
-            self._stack.release(self._mark)
-
-
-class _ScratchStack:
-    """Byte buffers on one device used as a stack: a module that calls children keeps its slice below theirs.
-    It grows on the first forward and then stays; its size is that of the deepest nesting of swapped modules."""
-
-    ALIGN = 256
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._buffers: list[Tensor] = []
-        self._top = (0, 0)  # buffer number, offset in it
-
-    def mark(self) -> tuple[int, int]:
-        return self._top
-
-    def release(self, mark: tuple[int, int]) -> None:
-        self._top = mark
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        number, offset = self._top
-        if number < len(self._buffers) and offset + size > self._buffers[number].numel() and offset:
-            number, offset = number + 1, 0
-        if number == len(self._buffers):
-            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self.device))
-        elif offset + size > self._buffers[number].numel():  # free from its start on: replace it by a larger one
-            self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self._top = (number, -(-(offset + size) // self.ALIGN) * self.ALIGN)
-        return self._buffers[number][offset : offset + size].view(dtype).view(shape)

@@ -14,7 +14,7 @@ def apply_terms(
 ) -> None:
     """theta = round(decay * theta + sum coef * direction), in the order of the terms; one distribution.
 
-    coefs: 0-dim fp32; decay: 0-dim fp32 or None; rounding_seed: 0-dim int64.  Raises ValueError for two distributions."""
+    coefs, decay: 0-dim fp32 (decay may be None); rounding_seed: 0-dim int64.  ValueError for two distributions."""
     if not terms:
         return
     directions = [direction for direction, _ in terms]

@@ -1,0 +1,75 @@
+"""Where the perturbed copies live while a module runs: a stack of reusable buffers, and a frame per module call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Frame:
+    """What one module call has swapped and taken from the stack."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._swapped: list[tuple[nn.Parameter, Tensor]] = []
+        self._mirrors: list[Tensor] = []
+        self._stack: ScratchStack | None = None
+        self._mark = None
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return any(p is parameter for p, _ in self._swapped)
+
+    def take(self, stack: ScratchStack, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._stack is None:
+            self._stack, self._mark = stack, stack.mark()
+        return stack.take(shape, dtype)
+
+    def swap(self, parameter: nn.Parameter, out: Tensor, mirror: Tensor | None = None) -> None:
+        self._swapped.append((parameter, parameter.data))
+        parameter.data = out
+        if mirror is not None:
+            self._mirrors.append(mirror)
+
+    def turn(self) -> None:
+        """From the copies of one sign to those of the other."""
+        for (parameter, _), mirror in zip(self._swapped, self._mirrors, strict=True):
+            parameter.data = mirror
+
+    def undo(self) -> None:
+        for parameter, own in reversed(self._swapped):
+            parameter.data = own
+        if self._stack is not None:
+            self._stack.release(self._mark)
+
+
+class ScratchStack:
+    """Byte buffers on one device used as a stack: a module that calls children keeps its slice below theirs.
+    It grows on the first forward and then stays; its size is that of the deepest nesting of swapped modules."""
+
+    ALIGN = 256
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._buffers: list[Tensor] = []
+        self._top = (0, 0)  # buffer number, offset in it
+
+    def mark(self) -> tuple[int, int]:
+        return self._top
+
+    def release(self, mark: tuple[int, int]) -> None:
+        self._top = mark
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        number, offset = self._top
+        if number < len(self._buffers) and offset + size > self._buffers[number].numel() and offset:
+            number, offset = number + 1, 0
+        if number == len(self._buffers):
+            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        elif offset + size > self._buffers[number].numel():  # free from its start on: replace it by a larger one
+            self._buffers[number] = torch.empty(0)  # given back first: never both at once
+            self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._top = (number, -(-(offset + size) // self.ALIGN) * self.ALIGN)
+        return self._buffers[number][offset : offset + size].view(dtype).view(shape)
