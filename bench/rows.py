@@ -113,8 +113,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file, or of every *.jsonl in a folder.  Rows that lack keys are taken too; a single `value` stands
-    for all percentiles."""
+    """The rows of one file, or of every *.jsonl in a folder.  Rows that lack keys are taken too; one `value` stands for
+    all percentiles."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line]
     for row in rows:

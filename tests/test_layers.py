@@ -92,14 +92,15 @@ def test_only_the_cpu_backend_touches_the_native_module():
 
 
 # Layer of zo_finetuner -> what it must not reach.
-APPLICATION = "hf training evaluation data demo config cli"
+APPLICATION = "hf training learning evaluation data demo config cli"
 ABOVE = {
     "optim": f"engine probing optimizer objective {APPLICATION}",
     "objective": f"engine probing optimizer optim {APPLICATION}",
     "pertnn": f"engine probing optimizer objective {APPLICATION}",
     "engine": f"optimizer {APPLICATION}",
     "optimizer": APPLICATION,
-    "hf": "training evaluation data demo config cli",
+    "hf": "training learning evaluation data demo config cli",
+    "learning": "hf training demo config cli",
     "training": "demo cli",
 }
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.history import History
+from zo_kernels import BlockStats
 
 #: Inputs of a network, in order. Before the first step the losses are 0 and sigma is 1.
 INPUTS = ("mean", "unbiased variance", "previous loss+", "previous loss-", "previous raw sigma")
@@ -38,9 +40,8 @@ class PertNN(nn.Module):
         super().__init__()
         self.names = tuple(names)
         self.source = source
-        self._place = {name: place for place, name in enumerate(self.names)}
-        if len(self._place) != len(self.names):
-            twice = next(name for place, name in enumerate(self.names) if self._place[name] != place)
+        if len(set(self.names)) != len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
             raise InputError(f"{source}: two networks are named {twice}; a block has one")
         n, hidden = len(self.names), w1.shape[1] if w1.ndim == 3 else -1
         for label, tensor, shape in (("w1", w1, (n, hidden, len(INPUTS))), ("b1", b1, (n, hidden)),
@@ -87,21 +88,34 @@ class PertNN(nn.Module):
         hidden = torch.tanh((self.w1 * x[:, None, :]).sum(dim=2) + self.b1)
         return ((self.w2 * hidden).sum(dim=1) + self.b2).abs()
 
+    def scales(self, stats: BlockStats, history: History) -> Tensor:
+        """`forward` on the statistics of the unperturbed weights and what is remembered of the step before."""
+        return self(stats.mean, stats.var, history.losses[0], history.losses[1], history.sigma)
+
     def select(self, names: Sequence[str]) -> PertNN:
         """The networks of `names`, in that order, as a copy with its own parameters on the same device.
 
         Raises: InputError naming up to three blocks that have no network, and how many they are.
         """
-        missing = [name for name in names if name not in self._place]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            known = f"{len(self.names)} blocks such as {self.names[0]}" if self.names else "no block at all"
-            raise InputError(f"{self.source}: no network for {', '.join(missing[:3])}{more} "
-                             f"of the model's {len(names)} trainable blocks: it was made for {known}; "
-                             "freeze the others, or learn networks for this model")
-        rows = torch.tensor([self._place[name] for name in names], dtype=torch.long, device=self.b2.device)
+        rows = select_rows(self.names, names, self.source, self.b2.device)
         tensors = (parameter[rows] for parameter in (self.w1, self.b1, self.w2, self.b2))
         return type(self)(names, *tensors, source=self.source)
+
+
+def select_rows(known: Sequence[str], wanted: Sequence[str], source: str, device: torch.device) -> Tensor:
+    """Places of `wanted` in `known`, (len(wanted),) int64.
+
+    Raises: InputError naming up to three blocks that are not known, and how many they are.
+    """
+    place = {name: i for i, name in enumerate(known)}
+    missing = [name for name in wanted if name not in place]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        covered = f"{len(known)} blocks such as {known[0]}" if known else "no block at all"
+        raise InputError(f"{source}: no network for {', '.join(missing[:3])}{more} "
+                         f"of the model's {len(wanted)} trainable blocks: it was made for {covered}; "
+                         "freeze the others, or learn networks for this model")
+    return torch.tensor([place[name] for name in wanted], dtype=torch.long, device=device)
 
 
 def budget(names: Sequence[str], numels: Sequence[int], *, hidden_size: int, batch_size: int,

@@ -1,16 +1,14 @@
 """Files of learned optimizers: safetensors with a JSON card, and the published `.pth` (read, never executed).
 
-A safetensors file holds w1 (N, hidden, 5), b1 (N, hidden), w2 (N, hidden) and b2 (N,) in fp32, and one
-metadata entry, `zo_finetuner.pertnn`: the card, which names the N blocks in order. The same networks and card
-give the same bytes.
+A safetensors file holds the fp32 tensors of a PertNN (recipe "paper") or of a ScaleNet (the other recipes), see
+`_layout`, and one metadata entry, `zo_finetuner.pertnn`: the card, which names the N blocks in order. The same
+networks and card give the same bytes.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,71 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.cards import Card
+from zo_finetuner.errors import InputError
 from zo_finetuner.files import write_bytes
 from zo_finetuner.pertnn import INPUTS, PertNN
 from zo_finetuner.restricted_pickle import MAX_FILE, Module, describe, read_torch_file
+from zo_finetuner.scale_net import FEATURES, STATIC, ScaleNet
 
-FORMAT_VERSION = 1
-RECIPES = ("paper",)  # what `PertNN.forward` computes
 METADATA_KEY = "zo_finetuner.pertnn"
 
-_TENSORS = ("w1", "b1", "w2", "b2")
 _MAX_BYTES = 2 * MAX_FILE  # of a safetensors file: the largest fp16 .pth, converted
-_MAX_CARD = 4 << 20  # characters; OPT-30B's card has 37,000
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a learned optimizer is and where it comes from; stored as JSON, one key per field.
-
-    `save_pertnn` fills in `names` and `hidden`.
-    """
-
-    source: str  # "published file X", "fresh, seed 3", "zo learn ..."
-    base_model: str = ""  # free text, e.g. a Hugging Face name
-    base_fingerprint: str = ""  # free text
-    recipe: str = "paper"
-    inputs: tuple[str, ...] = INPUTS
-    hidden: int = 64
-    noise_contract: int = 1  # version of the noise it was learned with; 0: the generators of torch
-    tasks: tuple[str, ...] = ()
-    metrics: dict[str, float | int | str] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
-    format_version: int = FORMAT_VERSION
-
-    def to_json(self) -> str:
-        """ASCII JSON in one line. Raises: ValueError on NaN or infinity, TypeError on foreign objects."""
-        card = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return json.dumps(card, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str, path: str | os.PathLike) -> Card:
-        """Read and check a card. Raises: InputError naming `path` and the key."""
-        if len(text) > _MAX_CARD:
-            raise InputError(f"{path}: the card has {len(text)} characters; at most {_MAX_CARD} are read")
-        try:
-            card = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the card is not JSON ({error}); export the file again") from error
-        if not isinstance(card, dict) or type(card.get("format_version")) is not int:
-            raise InputError(f'{path}: the card has no whole number "format_version"; export the file again')
-        if card["format_version"] != FORMAT_VERSION:
-            raise InputError(f'{path}: "format_version" {card["format_version"]} in the card, this release '
-                             f"reads {FORMAT_VERSION}; update zo-finetuner, or export the file again")
-        known = {entry.name: entry for entry in fields(cls)}
-        for key, value in card.items():
-            if key not in known:
-                raise InputError(f"{path}: unknown key {key[:80]!a} in the card{nearest(key, known)}")
-            if not _fits(known[key].type, value):
-                raise InputError(f'{path}: "{key}" in the card is not of type {known[key].type}')
-        for key in ("source", "names", "hidden", "inputs", "recipe"):
-            if key not in card:
-                raise InputError(f'{path}: the card has no "{key}"; export the file again')
-        return cls(**{key: tuple(entry) if type(entry) is list else entry for key, entry in card.items()})
-
-
-def load_pertnn(path: str | os.PathLike) -> tuple[PertNN, Card]:
+def load_pertnn(path: str | os.PathLike) -> tuple[PertNN | ScaleNet, Card]:
     """The networks (fp32, CPU) and the card of a learned optimizer; the first bytes tell the kind of file.
 
     A published `.pth` is read as data, by `restricted_pickle`; fp16 networks become fp32 exactly.
@@ -108,7 +54,7 @@ def load_pertnn(path: str | os.PathLike) -> tuple[PertNN, Card]:
     return nets, card
 
 
-def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
+def save_pertnn(path: str | os.PathLike, nets: PertNN | ScaleNet, card: Card) -> None:
     """Write `nets` and `card` to a `.safetensors` file, whole or not at all: an old file stays until then.
 
     `card.names` and `card.hidden` are taken from `nets`.
@@ -126,15 +72,27 @@ def save_pertnn(path: str | os.PathLike, nets: PertNN, card: Card) -> None:
         text = card.to_json()
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: the card is no JSON ({error}); metrics are numbers or text") from error
-    _require_runnable(Card.from_json(text, path), path)
-    tensors = {label: getattr(nets, label).detach().cpu().contiguous() for label in _TENSORS}
+    Card.from_json(text, path).require_runnable(path)
+    layout = _layout(card)
+    tensors = {label: tensor.detach().cpu().contiguous() for label, tensor in nets.state_dict().items()}
+    if {label: list(tensor.shape) for label, tensor in tensors.items()} != layout:
+        raise InputError(f"{path}: a {type(nets).__name__} is no optimizer of recipe {card.recipe!a}")
     content = safetensors_bytes(tensors, metadata={METADATA_KEY: text})
     if len(content) > _MAX_BYTES:
         raise InputError(f"{path}: would have {len(content)} bytes, at most {_MAX_BYTES} are read back")
     write_bytes(path, content)
 
 
-def _load_safetensors(path: Path) -> tuple[PertNN, Card]:
+def _layout(card: Card) -> dict[str, list[int]]:
+    """Names and shapes of a file's tensors."""
+    n, hidden = len(card.names), card.hidden
+    if card.recipe == "paper":
+        return {"w1": [n, hidden, len(INPUTS)], "b1": [n, hidden], "w2": [n, hidden], "b2": [n]}
+    return {"x": [n, len(STATIC)], "log_base": [n], "kept": [n],
+            "w1": [hidden, len(FEATURES)], "b1": [hidden], "w2": [hidden]}
+
+
+def _load_safetensors(path: Path) -> tuple[PertNN | ScaleNet, Card]:
     if (size := path.stat().st_size) > _MAX_BYTES:
         raise InputError(f"{path}: {size} bytes; a learned optimizer has at most {_MAX_BYTES}")
     try:
@@ -143,19 +101,19 @@ def _load_safetensors(path: Path) -> tuple[PertNN, Card]:
             if text is None:
                 raise InputError(f'{path}: no card (metadata "{METADATA_KEY}"): not a learned optimizer')
             card = Card.from_json(text, path)
-            _require_runnable(card, path)
-            n, hidden = len(card.names), card.hidden
-            layout = {"w1": [n, hidden, len(INPUTS)], "b1": [n, hidden], "w2": [n, hidden], "b2": [n]}
+            card.require_runnable(path)
+            layout = _layout(card)
             slices = {label: file.get_slice(label) for label in file.keys()}  # noqa: SIM118 (it is no dict)
             found = {label: (part.get_dtype(), part.get_shape()) for label, part in slices.items()}
             if found != {label: ("F32", shape) for label, shape in layout.items()}:
                 raise InputError(f"{path}: holds {str(found)[:300]}, its card asks for F32 {layout}; "
                                  "export the file again")
             # Copies: what safetensors returns is mapped from the file, and changes with it.
-            tensors = {label: file.get_tensor(label).clone() for label in _TENSORS}
+            tensors = {label: file.get_tensor(label).clone() for label in layout}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged safetensors file ({error}); fetch it again") from error
-    return PertNN(card.names, **tensors, source=str(path)), card
+    kind = PertNN if card.recipe == "paper" else ScaleNet
+    return kind(card.names, **tensors, source=str(path)), card
 
 
 def _load_published(path: Path) -> tuple[PertNN, Card]:
@@ -212,42 +170,31 @@ def _spell(layer: object) -> str:
     return f"Linear({weight.shape[1]}, {weight.shape[0]})"
 
 
-def _fits(annotation: str, value: object) -> bool:
-    """Whether a JSON value can be the field of that annotation."""
-    if annotation.startswith("tuple"):
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    if annotation.startswith("dict"):
-        return isinstance(value, dict) and all(map(_is_metric, value.values()))
-    return type(value).__name__ == annotation
-
-
-def _is_metric(value: object) -> bool:
-    return type(value) is str or (type(value) in (int, float) and abs(value) < math.inf)
-
-
-def _require_runnable(card: Card, path: Path) -> None:
-    if card.recipe not in RECIPES:
-        raise InputError(f"{path}: recipe {card.recipe[:80]!a}{nearest(card.recipe, RECIPES)}; "
-                         f"this release runs {', '.join(RECIPES)}")
-    if card.inputs != INPUTS:
-        raise InputError(f"{path}: its networks read {list(card.inputs)!a}, "
-                         f"those of this release {list(INPUTS)}")
-
-
 def _require_name(name: str, path: Path) -> None:
     if not name.isprintable() or not 0 < len(name) <= 512:
         raise InputError(f"{path}: {name[:80]!a} is no name of a tensor")
 
 
-def _require_sound(nets: PertNN, path: Path) -> None:
+def _require_sound(nets: PertNN | ScaleNet, path: Path) -> None:
     """Printable names, at least one network, and finite weights."""
     for name in nets.names:
         _require_name(name, path)
     n = len(nets.names)
     if n == 0 or nets.hidden == 0:
         raise InputError(f"{path}: {n} networks of {nets.hidden} hidden units; there is nothing to run")
-    finite = [getattr(nets, label).detach().isfinite().reshape(n, -1).all(dim=1) for label in _TENSORS]
+    if isinstance(nets, ScaleNet):
+        _require_sound_scales(nets, path)
+        return
+    finite = [parameter.detach().isfinite().reshape(n, -1).all(dim=1) for parameter in nets.parameters()]
     bad = (~torch.stack(finite).all(dim=0)).nonzero().flatten().tolist()
     if bad:
         raise InputError(f"{path}: NaN or infinite weights in the network of {nets.names[bad[0]]} "
                          f"({len(bad)} of {n} networks); learn or fetch it again")
+
+
+def _require_sound_scales(nets: ScaleNet, path: Path) -> None:
+    for label, tensor in nets.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: NaN or infinite numbers in {label}; learn it again")
+    if not ((nets.kept == 0) | (nets.kept == 1)).all() or not nets.kept.any():
+        raise InputError(f'{path}: "kept" is not 0 or 1 for every block, with one 1 at least; learn it again')

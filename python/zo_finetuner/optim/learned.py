@@ -1,0 +1,96 @@
+"""Methods whose scales come from a file of `zo learn`, from the published networks, or from an untrained network."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetuner.cards import Card, fingerprint, same_shapes
+from zo_finetuner.errors import InputError
+from zo_finetuner.optim.base import Method
+from zo_finetuner.optim.finetuner import ZOFineTuner
+from zo_finetuner.optim.fixed_scales import FixedScales
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.pertnn import PertNN, budget, normalizer
+from zo_finetuner.pertnn_io import load_pertnn
+from zo_finetuner.scale_net import ScaleNet
+from zo_kernels import Blocks
+
+logger = logging.getLogger(__name__)
+
+Scales = PertNN | ScaleNet | str | os.PathLike | None
+
+
+def make_finetuner(
+    model: nn.Module, *, batch_size: int, seed: int, pertnn: Scales, normalize: bool, dist: str
+) -> Method:
+    """The learned optimizer.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is exactly zero
+    are frozen (`requires_grad_(False)`): no probe, no update, no time."""
+    nets = None if pertnn is None else _load(pertnn, model)
+    if isinstance(nets, ScaleNet):
+        freeze(model, nets.skipped())
+    blocks = trainable_blocks(model)
+    if nets is None:
+        logger.warning("no PertNN file: the nets are freshly initialised (seed %d), a control, not learned", seed)
+        nets = PertNN.fresh(blocks.names, seed=seed)
+    nets = nets.select(blocks.names).to(blocks.device)
+    return ZOFineTuner(nets, share_of(model, blocks, batch_size) if normalize else None, dist=dist)
+
+
+def make_fixed(model: nn.Module, *, name: str, batch_size: int, pertnn: Scales, dist: str, **_: Any) -> Method:
+    """"sigma-one", or "closed-form" with the scales of a file (or a ScaleNet) that `zo learn` made."""
+    if name == "sigma-one":
+        blocks = trainable_blocks(model)
+        return FixedScales(torch.ones(len(blocks), device=blocks.device), name, dist)
+    if pertnn is None:
+        raise InputError(f"{name} needs its scales: `zo learn --recipe closed-form` measures them; give --pertnn FILE")
+    nets = _load(pertnn, model)
+    if not isinstance(nets, ScaleNet) or bool(nets.w2.count_nonzero()):
+        raise InputError(f"{nets.source}: holds networks, not constant scales: use --optimizer {ZOFineTuner.name}")
+    freeze(model, nets.skipped())
+    blocks = trainable_blocks(model)
+    nets = nets.select(blocks.names).to(blocks.device)
+    sigma = nets.kept * nets.log_base.detach().exp()
+    return FixedScales((normalizer(sigma, share_of(model, blocks, batch_size)) * sigma).float(), name, dist)
+
+
+def share_of(model: nn.Module, blocks: Blocks, batch_size: int) -> Tensor:
+    """c_b of the normaliser for this model, (blocks,) fp64."""
+    hidden = model.config.get_text_config().hidden_size
+    return budget(blocks.names, blocks.numels, hidden_size=hidden, batch_size=batch_size, device=blocks.device)
+
+
+def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Take the named parameters out of training, and say so."""
+    parameters = dict(model.named_parameters())
+    frozen = [name for name in names if name in parameters]
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if frozen:
+        logger.info("%d blocks have scale 0 and are frozen, %s among them", len(frozen), frozen[0])
+
+
+def _load(pertnn: Scales, model: nn.Module) -> PertNN | ScaleNet:
+    if isinstance(pertnn, nn.Module):
+        return pertnn
+    nets, card = load_pertnn(pertnn)
+    _require_match(card, model, pertnn)
+    return nets
+
+
+def _require_match(card: Card, model: nn.Module, path: str | os.PathLike) -> None:
+    """InputError for a card of other names or shapes; a line in the log for other weights (a derivative)."""
+    here = getattr(getattr(model, "config", None), "name_or_path", "")
+    base = card.base_model or "a model that its card does not name"
+    if card.base_fingerprint and not hasattr(model, "peft_config"):
+        if not same_shapes(card.base_fingerprint, fingerprint(model)):
+            raise InputError(f"{path}: was learned for {base}, whose tensors have other names or shapes than those of "
+                             f"{here or 'this model'}; learn one for this model with `zo learn`")
+        if card.base_fingerprint != fingerprint(model):
+            logger.info("%s was learned for %s; these weights differ from it, as a derivative's do", path, base)
+    elif card.base_model != here:
+        logger.warning("%s was learned for %s, not for %s: its scales are a guess here", path, base, here)
