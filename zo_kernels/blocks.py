@@ -94,11 +94,8 @@ class Blocks:
             if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise ValueError(f"{name} repeats its elements (an expanded view): pass the tensor that it expands")
             if tensor.numel() and tensor.device.type != "meta":
-                spans.append((*memory_span(tensor, name), name))
-        spans.sort()
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-            if start < end:
-                raise ValueError(f"{name} and {other} share memory: pass a tied tensor once, under one name")
+                spans.append((*_memory_span(tensor, name), name))
+        require_apart(spans, ": pass a tied tensor once, under one name")
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +105,7 @@ class Blocks:
         return len(self.tensors)
 
 
-def memory_span(tensor: Tensor, name: str) -> tuple[int, int]:
+def _memory_span(tensor: Tensor, name: str) -> tuple[int, int]:
     """First and one past the last byte that a tensor's elements occupy.  ValueError naming a tensor whose storage is
     too small for it (freed by a sharding wrapper, say): a kernel would read foreign memory."""
     if tensor.numel() == 0:
@@ -119,3 +116,11 @@ def memory_span(tensor: Tensor, name: str) -> tuple[int, int]:
         raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it before this call")
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
+
+
+def require_apart(spans: list[tuple[int, int, str]], mend: str = "") -> None:
+    """spans: (first byte, one past the last, name).  ValueError naming two that overlap, and the mend."""
+    spans.sort()
+    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{name} and {other} share memory{mend}")

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zo_kernels.blocks import DTYPES, Blocks, BlockStats
+from zo_kernels.blocks import DTYPES, Blocks, BlockStats, require_apart
 from zo_kernels.dispatch import backend
 from zo_kernels.noise import DISTRIBUTIONS
 
@@ -84,10 +84,7 @@ def _require_apart(tensors: dict[str, Tensor | None]) -> None:
             if start == 0:
                 raise ValueError(f"{name} has lost its storage (freed or resized): gather or reload it first")
             spans.append((start, start + tensor.nbytes, name))
-    spans.sort()
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise ValueError(f"{name} and {other} share memory")
+    require_apart(spans)
 
 
 def _require_scratch(theta: Tensor, out: Tensor, mirror: Tensor | None, rows: Tensor | None) -> None:

@@ -44,14 +44,14 @@ def _table(blocks: Blocks) -> tuple[_C.Table, list[Tensor]]:
     """The native table of `blocks`, kept on it until a tensor moves.  With a strided tensor it is made for this call,
     of the contiguous tensors that come with it."""
     _require_cpu(blocks.device)
-    if not all(map(Tensor.is_contiguous, blocks.tensors)):
-        contiguous = [tensor.contiguous() for tensor in blocks.tensors]
-        return _native(blocks, contiguous), contiguous
     made_for, table = getattr(blocks, "cpu_table", (None, None))
     if made_for is not blocks.addresses:
-        table = _native(blocks, blocks.tensors)
+        table = _native(blocks, blocks.tensors) if all(map(Tensor.is_contiguous, blocks.tensors)) else None
         blocks.cpu_table = blocks.addresses, table
-    return table, []
+    if table is not None:
+        return table, []
+    contiguous = [tensor.contiguous() for tensor in blocks.tensors]
+    return _native(blocks, contiguous), contiguous
 
 
 def _block(theta: Tensor, tensor_id: int) -> _C.Block:

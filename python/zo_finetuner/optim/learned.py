@@ -87,10 +87,11 @@ def _require_match(card: Card, model: nn.Module, path: str | os.PathLike) -> Non
     here = getattr(getattr(model, "config", None), "name_or_path", "")
     base = card.base_model or "a model that its card does not name"
     if card.base_fingerprint and not hasattr(model, "peft_config"):
-        if not same_shapes(card.base_fingerprint, fingerprint(model)):
+        own = fingerprint(model)
+        if not same_shapes(card.base_fingerprint, own):
             raise InputError(f"{path}: was learned for {base}, whose tensors have other names or shapes than those of "
                              f"{here or 'this model'}; learn one for this model with `zo learn`")
-        if card.base_fingerprint != fingerprint(model):
+        if card.base_fingerprint != own:
             logger.info("%s was learned for %s; these weights differ from it, as a derivative's do", path, base)
     elif card.base_model != here:
         logger.warning("%s was learned for %s, not for %s: its scales are a guess here", path, base, here)
