@@ -37,7 +37,7 @@ def pointers(model: nn.Module) -> dict[str, int]:
 
 
 def probe(coef: float, seed: int = 7, scale: torch.Tensor | None = None) -> Probe:
-    return Probe(Direction(seed, scale), torch.tensor(coef))
+    return Probe(Direction(seed_tensor(seed), scale), torch.tensor(coef))
 
 
 @torch.no_grad()

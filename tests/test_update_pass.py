@@ -20,17 +20,18 @@ def test_terms_with_their_own_scales_share_one_pass():
     model = Quadratic()
     blocks = trainable_blocks(model)
     scales = [torch.tensor([0.5, 2.0]), None, torch.tensor([1.5, 0.1])]
-    terms = [(Direction(seed, scale), torch.tensor(0.1 * seed)) for seed, scale in enumerate(scales, start=1)]
+    directions = [Direction(seed_tensor(seed), scale) for seed, scale in enumerate(scales, start=1)]
+    terms = [(direction, torch.tensor(0.1 * k)) for k, direction in enumerate(directions, start=1)]
     want = [tensor.detach().double() * DECAY.double() for tensor in blocks.tensors]
     for direction, coef in terms:
         for b, (name, block) in enumerate(zip(blocks.names, want, strict=True)):
-            z = draw_noise(tuple(block.shape), seed_tensor(direction.seed), blocks.ids[blocks.index[name]])
+            z = draw_noise(tuple(block.shape), direction.seed, blocks.ids[blocks.index[name]])
             block += coef * (1 if direction.scale is None else direction.scale[b]) * z.double()
     apply_terms(blocks, terms, DECAY, seed_tensor(1))
     for ours, theirs in zip(blocks.tensors, want, strict=True):
         assert (ours - theirs).abs().max() < 5 * 2**-24 * 4  # four roundings of values below 4
     with pytest.raises(ValueError, match="share one distribution"):
-        apply_terms(blocks, [*terms, (Direction(9, dist="rademacher"), DECAY)], None, seed_tensor(1))
+        apply_terms(blocks, [*terms, (Direction(seed_tensor(9), dist="rademacher"), DECAY)], None, seed_tensor(1))
 
 
 def test_the_way_back_shares_the_updates_pass_under_weight_decay(monkeypatch):

@@ -25,7 +25,8 @@ from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
-from zo_kernels import NOISE_VERSION, ROUNDING_PROBE, Blocks, block_stats, derive_seed, seed_tensor
+from zo_finetuner.step_inputs import StepInputs
+from zo_kernels import NOISE_VERSION, Blocks, block_stats
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,13 @@ class Engine:
         self.step_count = 0
         self.device = self.blocks.device
         self.eps = torch.tensor(eps, dtype=torch.float32, device=self.device)
+        self.inputs = StepInputs(method.directions, self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.last_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.projected_grad = torch.zeros((), dtype=torch.float32, device=self.device)
         self.realised_share: Tensor | None = None
         self._skipped_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._skipped_host = self._skipped_copy.numpy()  # read without an operator of torch
         self._told = 0  # skipped steps already reported
 
     @torch.no_grad()
@@ -86,7 +89,8 @@ class Engine:
         self._report_skips()
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
-        context = self._context(lr)
+        self.inputs.fill(lr, self.seed, self.step_count)
+        context = self._context()
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
         try:
@@ -102,7 +106,7 @@ class Engine:
                 with phase("tell"):
                     request = self.method.tell(losses)
             with phase("update"):
-                self._apply(request, finite, context.lr)
+                self._apply(request, finite)
         except BaseException:
             self.probing.restore()
             raise
@@ -117,12 +121,12 @@ class Engine:
             if not tensor.is_set_to(parameter):
                 raise RuntimeError(f"{name} has moved since the optimizer was made: make it after model.to(...)")
 
-    def _context(self, lr: float | Tensor) -> StepContext:
+    def _context(self) -> StepContext:
         return StepContext(
             step=self.step_count,
-            lr=torch.as_tensor(lr, dtype=torch.float32, device=self.device),
+            lr=self.inputs.lr,
             eps=self.eps,
-            seed=lambda probe: derive_seed(self.seed, self.step_count, probe),
+            seed=self.inputs.seeds.__getitem__,
             block_stats=lambda: block_stats(self.blocks),
         )
 
@@ -131,20 +135,19 @@ class Engine:
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
-    def _apply(self, update: Update, finite: Tensor, lr: Tensor) -> None:
+    def _apply(self, update: Update, finite: Tensor) -> None:
         # 0 * inf is NaN: a bad step selects coefficient 0, it does not multiply by it.
         terms = [(direction, torch.where(finite, coef, 0.0)) for direction, coef in update.terms]
-        decay = torch.where(finite, 1 - lr * self.weight_decay, 1.0) if self.weight_decay else None
-        rounding_seed = seed_tensor(derive_seed(self.seed, self.step_count, ROUNDING_PROBE), self.device)
-        self.probing.apply(Update(terms, update.loss, update.projected_grad), decay, rounding_seed)
+        decay = torch.where(finite, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
+        self.probing.apply(Update(terms, update.loss, update.projected_grad), decay, self.inputs.rounding)
         self.skipped += ~finite
         self._skipped_copy.copy_(self.skipped, non_blocking=True)
-        self.last_loss = torch.where(finite, update.loss, self.last_loss)
-        self.projected_grad = torch.where(finite, update.projected_grad, 0.0)
+        self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
+        self.projected_grad.copy_(torch.where(finite, update.projected_grad, 0.0))
 
     def _report_skips(self) -> None:
         """A skipped step is told of at the next one, from a copy made without waiting."""
-        skipped = int(self._skipped_copy)
+        skipped = int(self._skipped_host)
         if skipped > self._told:
             logger.warning("step %d was skipped: a loss was not finite (%d so far)", self.step_count - 1, skipped)
         self._told = skipped
@@ -184,9 +187,10 @@ class Engine:
         if state["probing"]["mode"] != self.probing.mode:
             raise InputError(f"cannot resume: the run probed {state['probing']['mode']}, not {self.probing.mode}")
         self.seed, self.step_count = state["seed"], state["step"]
-        self.skipped, self.last_loss = state["skipped"].to(self.device), state["last_loss"].to(self.device)
+        self.skipped.copy_(state["skipped"])
+        self.last_loss.copy_(state["last_loss"])
         self._skipped_copy.copy_(self.skipped)
-        self._told = int(self._skipped_copy)
+        self._told = int(self._skipped_host)
         self.probing.load_state_dict(state["probing"])
         self.method.load_state_dict(state["method_state"])
 

@@ -12,9 +12,9 @@ AVERAGED = 0.02  # share of a step's loss in the running average: about 50 steps
 
 @dataclass
 class History:
-    """sigma: (blocks,) raw scales of the step before (1 before the first).  losses: (2,) loss+ and loss- of the step
-    before (0 before the first).  first: 0-dim, mean loss of the first step; average: 0-dim, running mean; both NaN
-    before the first step.  All fp32."""
+    """All fp32 and written in place.  sigma: (blocks,) raw scales of the step before (1 before the first).  losses:
+    (2,) loss+ and loss- of the step before (0 before the first).  first: 0-dim, mean loss of the first step; average:
+    0-dim, running mean; both NaN before the first step."""
 
     sigma: Tensor
     losses: Tensor
@@ -27,14 +27,18 @@ class History:
         unknown = torch.full((2,), torch.nan, dtype=torch.float32, device=device)
         return cls(torch.ones(blocks, dtype=torch.float32, device=device), losses, unknown[0], unknown[1])
 
+    def copy(self) -> History:
+        """With tensors of its own."""
+        return History(*(getattr(self, entry.name).clone() for entry in fields(self)))
+
     def remember(self, losses: Tensor) -> None:
         """Take in a step's two losses, (2,) fp32; losses that are not finite are forgotten.  No wait for the host."""
         finite = torch.isfinite(losses).all()
-        self.losses = torch.where(finite, losses, self.losses)
+        self.losses.copy_(torch.where(finite, losses, self.losses))
         mean = losses.mean()
         moved = torch.where(self.average.isnan(), mean, self.average + AVERAGED * (mean - self.average))
-        self.average = torch.where(finite, moved, self.average)
-        self.first = torch.where(finite & self.first.isnan(), mean, self.first)
+        self.average.copy_(torch.where(finite, moved, self.average))
+        self.first.copy_(torch.where(finite & self.first.isnan(), mean, self.first))
 
     @property
     def progress(self) -> Tensor:
@@ -47,4 +51,4 @@ class History:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for entry in fields(self):
-            setattr(self, entry.name, state[entry.name].to(getattr(self, entry.name)))
+            getattr(self, entry.name).copy_(state[entry.name])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zo_finetuner.optim.base import Probe, Update
 from zo_finetuner.update import apply_terms
-from zo_kernels import Blocks, perturb_, seed_tensor
+from zo_kernels import Blocks, perturb_
 
 
 class InPlaceProbing:
@@ -30,9 +30,8 @@ class InPlaceProbing:
             self.restore()
             here = None
         coef = probe.coef if here is None else probe.coef - here.coef
-        seed = seed_tensor(probe.direction.seed, self.blocks.device)
         self._displaced = probe
-        perturb_(self.blocks, seed, coef, probe.direction.scale, dist=probe.direction.dist)
+        perturb_(self.blocks, probe.direction.seed, coef, probe.direction.scale, dist=probe.direction.dist)
         yield
 
     def measure(self) -> None:
@@ -44,8 +43,7 @@ class InPlaceProbing:
     def restore(self) -> None:
         here, self._displaced = self._displaced, None
         if here is not None:
-            seed = seed_tensor(here.direction.seed, self.blocks.device)
-            perturb_(self.blocks, seed, -here.coef, here.direction.scale, dist=here.direction.dist)
+            perturb_(self.blocks, here.direction.seed, -here.coef, here.direction.scale, dist=here.direction.dist)
 
     def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
         here, self._displaced = self._displaced, None

@@ -18,7 +18,7 @@ from zo_finetuner.lookup import rows_in_use
 from zo_finetuner.optim.base import Probe, Update
 from zo_finetuner.stack import Frame, ScratchStack
 from zo_finetuner.update import apply_terms
-from zo_kernels import Blocks, draw_noise, scratch, seed_tensor, ulp
+from zo_kernels import Blocks, draw_noise, scratch, ulp
 
 SHARE_SAMPLE = 1 << 20  # elements of a block that `realised_share` looks at
 
@@ -32,6 +32,7 @@ class ScratchProbing:
 
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.model, self.blocks = model, blocks
+        self._nearest_above = torch.empty(len(blocks), dtype=torch.float32, device=blocks.device)
         self.measure()
         self._parameters = {id(p): blocks.index[n] for n, p in model.named_parameters() if n in blocks.index}
         self._modules = [m for m in model.modules() if any(id(p) in self._parameters for p in m._parameters.values())]
@@ -43,12 +44,12 @@ class ScratchProbing:
         """Set the rounding thresholds from the weights as they are now (one read of them)."""
         largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in self.blocks.tensors]
         spacing = [ulp(x, t.dtype) for x, t in zip(largest, self.blocks.tensors, strict=True)]
-        self._nearest_above = torch.stack(spacing)
+        self._nearest_above.copy_(torch.stack(spacing))
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
         """Within it the model computes with the weights of `probe`.  following: the step's next probe, if any."""
-        self._set(probe)
+        self._probe = probe
         check = contextlib.nullcontext() if self._checked else CoverageCheck(self.model, self.blocks)
         self._own_reads = contextlib.nullcontext if self._checked else check.paused
         handles = []
@@ -64,9 +65,6 @@ class ScratchProbing:
                 self._frames.pop().undo()
             for handle in handles:
                 handle.remove()
-
-    def _set(self, probe: Probe) -> None:
-        self._probe, self._seed = probe, seed_tensor(probe.direction.seed, self.blocks.device)
 
     def _swap_in(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if torch.is_grad_enabled():
@@ -105,7 +103,7 @@ class ScratchProbing:
             theta,
             out,
             self.blocks.ids[block],
-            self._seed,
+            probe.direction.seed,
             probe.coef,
             None if scale is None else scale[block],
             mirror=mirror,
@@ -132,13 +130,13 @@ class ScratchProbing:
     def realised_share(self, probe: Probe) -> Tensor:
         """Per block <d, z> / <z, z> of the rounded perturbation d actually made, over at most 2^20 elements of it:
         (blocks,) fp32.  1 is exact; a small block under stochastic rounding scatters around 1."""
-        self._set(probe)
+        self._probe = probe
         shares = []
         for b, tensor in enumerate(self.blocks.tensors):
             theta = tensor.reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
-            z = draw_noise(theta.numel(), self._seed, self.blocks.ids[b], dist=probe.direction.dist).double()
+            z = draw_noise(theta.numel(), probe.direction.seed, self.blocks.ids[b], dist=probe.direction.dist).double()
             scale = probe.direction.scale
             step = probe.coef.double() * (1.0 if scale is None else scale[b].double())
             shares.append(((out.double() - theta.double()) * z).sum() / (step * (z * z).sum()))
@@ -148,5 +146,5 @@ class ScratchProbing:
         return {"nearest_above": self._nearest_above}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._nearest_above = state["nearest_above"].to(self._nearest_above)
+        self._nearest_above.copy_(state["nearest_above"])
 

@@ -83,7 +83,8 @@ def trace_probes(
     """The cost of a forward of probes by the engine's own probing, mode "scratch" (one sign, the other is the same) or
     "paired" (both)."""
     probing = SHAPES[mode](model, blocks)
-    direction, coef = Direction(0), torch.empty((), device="meta")
+    direction = Direction(torch.empty((), dtype=torch.int64, device="meta"))
+    coef = torch.empty((), device="meta")
     plus, minus = Probe(direction, coef), Probe(direction, -coef)
     with Tally(model, batch) as tally:
         for _ in range(2 if mode == "paired" else 1):  # pairs are made once they are trusted

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.optim.base import Direction
-from zo_kernels import Blocks, seed_tensor, update_
+from zo_kernels import Blocks, update_
 
 
 def apply_terms(
@@ -21,7 +21,7 @@ def apply_terms(
     first = directions[0]
     if any(d.dist != first.dist for d in directions):
         raise ValueError("all terms of an update share one distribution")
-    seeds = seed_tensor([d.seed for d in directions], blocks.device)
+    seeds = torch.stack([d.seed for d in directions])
     coefs = torch.stack([coef for _, coef in terms])
     scale = first.scale
     if any(d.scale is not scale for d in directions):

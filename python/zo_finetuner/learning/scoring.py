@@ -70,7 +70,7 @@ def measure(
         taken = sample(weights, batch(number), derive_seed(seed, number, 0), check_seed, step)
         estimate.add(taken)
         losses.append(taken.losses)
-    seen = History(**history.state_dict())
+    seen = history.copy()
     seen.remember(torch.stack(losses).mean(dim=0))
     return Point(task, weights.stats(), seen, estimate.least_gain())
 

@@ -22,10 +22,10 @@ from zo_kernels import BlockStats
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """scale_b * z_b, z from `zo_kernels.noise` at `seed` (unsigned 64-bit).  scale: (blocks,) fp32, None for ones.
-    Compared by identity: two probes of one direction hold the same object."""
+    """scale_b * z_b, z from `zo_kernels.noise` at `seed` (0-dim int64: the bits of an unsigned one).  scale: (blocks,)
+    fp32, None for ones.  Compared by identity: two probes of one direction hold the same object."""
 
-    seed: int
+    seed: Tensor
     scale: Tensor | None = None
     dist: str = "normal"
 
@@ -51,22 +51,27 @@ class Update:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: probe number -> seed;
-    block_stats: () -> `zo_kernels.BlockStats` of the unperturbed weights (one read of them)."""
+    """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: number of a direction,
+    below the method's `directions` -> its seed (0-dim int64, good until the next step); block_stats: () ->
+    `zo_kernels.BlockStats` of the unperturbed weights (one read of them)."""
 
     step: int
     lr: Tensor
     eps: Tensor
-    seed: Callable[[int], int]
+    seed: Callable[[int], Tensor]
     block_stats: Callable[[], BlockStats]
 
 
 @dataclass
 class Method:
-    """Base of all methods.  `forwards` is the number of losses a step asks for."""
+    """Base of all methods.  forwards: losses that a step asks for; directions: seeds that it needs.
+
+    What a method keeps from step to step it writes in place (`copy_`), and it keeps no number on the host: a step that
+    was captured into a CUDA graph goes on where the one before ended."""
 
     name = "method"
     forwards = 0
+    directions = 1
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, context: StepContext) -> list[Probe]:

@@ -51,7 +51,8 @@ class ZOFineTuner(Method):
 
     @torch.no_grad()
     def ask(self, context: StepContext) -> list[Probe]:
-        self.history.sigma = sigma = self.nets.scales(context.block_stats(), self.history)
+        sigma = self.nets.scales(context.block_stats(), self.history)
+        self.history.sigma.copy_(sigma)
         norm = torch.ones_like(sigma[0]) if self.budget is None else normalizer(sigma, self.budget)
         scale = (norm * sigma).float()
         if not self.exact_scales:
