@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zo_finetuner.masks import attention_mask, positions_as_given
 from zo_finetuner.rows import forward_accepts, head_rows, label_places
+from zo_finetuner.slices import head_slices
 
 Batch = Mapping[str, Tensor]
 
@@ -59,10 +60,15 @@ def candidate_logits(model: nn.Module, batch: Batch, token_ids: Tensor) -> Tenso
 
 
 def option_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """(S, L) fp32 negative log-probabilities of the targets, 0 where there is none."""
+    """(S, L) fp32 negative log-probabilities of the targets, 0 where there is none.  No logits over the vocabulary are
+    made where the head is read in slices (`slices`)."""
     targets, counted = batch["targets"], batch["counted"]
-    logits = label_logits(model, batch).float()
-    losses = F.cross_entropy(logits, targets.flatten().index_select(0, counted), reduction="none")
+    wanted = targets.flatten().index_select(0, counted)
+    places, chosen = batch["places"], batch["chosen"]
+    at_places = places.new_zeros(places.numel()).index_copy(0, chosen, wanted).view(places.shape)
+    with head_slices(model, at_places) as are_losses:
+        logits = label_logits(model, batch)
+    losses = logits[:, 0] if are_losses else F.cross_entropy(logits.float(), wanted, reduction="none")
     return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
 
 
