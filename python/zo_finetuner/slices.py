@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zo_finetuner.autocast import casts_not_kept
 from zo_finetuner.masks import positions_as_given
 from zo_finetuner.routes import Forward, rerouted, rerouted_inside
 from zo_finetuner.rows import forward_accepts, only_rows, output_head, unwrap, why_whole
@@ -184,7 +185,7 @@ def _in_slices(bare: nn.Module, plan: Slicing, targets: Tensor) -> Iterator[None
                 answers[module] = forward(*args, **kwargs)
             return answers[module]
 
-        with rerouted(plan.body, once), _casts_not_kept():
+        with rerouted(plan.body, once), casts_not_kept():
             for start in range(0, plan.shape[0], plan.rows):
                 output = None  # the logits before are given back first
                 end = min(start + plan.rows, plan.shape[0])
@@ -231,14 +232,3 @@ class _Losses:
     def value(self) -> Tensor:
         """(R * N, K, 1)"""
         return (self._total.log() - (self._target - self._top))[..., None]
-
-
-@contextlib.contextmanager
-def _casts_not_kept() -> Iterator[None]:
-    """Autocast keeps its copy of a weight for the whole context, and would use a slice's for the next."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
