@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_finetuner.masks import attention_mask, positions_as_given
+from zo_finetuner.phases import phase
 from zo_finetuner.rows import forward_accepts, head_rows, label_places
 
 Batch = Mapping[str, Tensor]
@@ -29,7 +30,8 @@ def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if "gold" in batch:
         scores = candidate_scores(model, batch)
-        loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
+        with phase("loss"):
+            loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
         return loss, loss.new_full((), scores.shape[0])
     loss = option_losses(model, batch).sum()
     return loss, loss.new_full((), batch["counted"].shape[0])
@@ -61,9 +63,11 @@ def candidate_logits(model: nn.Module, batch: Batch, token_ids: Tensor) -> Tenso
 def option_losses(model: nn.Module, batch: Batch) -> Tensor:
     """(S, L) fp32 negative log-probabilities of the targets, 0 where there is none."""
     targets, counted = batch["targets"], batch["counted"]
-    logits = label_logits(model, batch).float()
-    losses = F.cross_entropy(logits, targets.flatten().index_select(0, counted), reduction="none")
-    return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
+    logits = label_logits(model, batch)
+    with phase("loss"):
+        logits = logits.float()  # under the same name: the 16-bit ones go
+        losses = F.cross_entropy(logits, targets.flatten().index_select(0, counted), reduction="none")
+        return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
 
 
 def label_logits(model: nn.Module, batch: Batch) -> Tensor:
