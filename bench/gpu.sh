@@ -99,7 +99,7 @@ if [ "$suite" = kernels ]; then options+=(--budget $((left - 30))); fi
 if [ "$suite" = step ]; then
   # Two fifths of the time are for zo train and for loading; a case begun at the end of its budget may take 30 s more.
   left=$((left * 3 / 5))
-  options+=(--model-like llama-1b opt-30b llama-8b --tokens 4096 --trace "$out/trace.json" --budget $((left - 30)))
+  options+=(--model-like llama-1b llama-8b opt-30b --tokens 4096 --trace "$out/trace.json" --budget $((left - 30)))
 fi
 part bench $left bench.log "$python" -m bench "$suite" --device cuda --out "$out" ${options[@]+"${options[@]}"}
 tail -n 25 "$out/bench.log"

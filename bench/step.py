@@ -192,7 +192,7 @@ def _measure_case(
     peaks: dict[str, int] = {}
     for name in arguments.provider:
         try:
-            peaks[name] = peak_bytes(PROVIDERS[name], setup, batches[:3], device)
+            peaks[name] = peak_bytes(PROVIDERS[name], setup, batches[:2], device)
         except torch.OutOfMemoryError:
             print(f"  {name} is left out: it does not fit {capacity(device) / 2**30:.0f} GiB", flush=True)
             continue
@@ -208,7 +208,7 @@ def _measure_case(
             medians[name] = spread(values)["p50"]
             record(name, "time_s", "s", values)
         for name, step in turn.items():
-            shares = phase_shares(step, batches[:3], device)
+            shares = phase_shares(step, batches[: 3 if limit is None else 1], device)
             for part, share in shares.items():
                 record(name, "share", "", [share], phase=part)
             _print(name, medians, peaks, planned, shares)

@@ -98,7 +98,7 @@ def test_the_step_suite_measures_steps_then_zo_train_then_loading(suite, tmp_pat
     status, output, calls = suite("step", "out", CASES="step", ZO_DATA=str(tmp_path / "data"))
     assert status == 0 and output.endswith("all parts ok\n")
     where = f"--device cuda --out {tmp_path}/out --shared {tmp_path}/data"
-    step = re.search(rf"-m bench step {where} --model-like llama-1b opt-30b llama-8b --tokens 4096 "
+    step = re.search(rf"-m bench step {where} --model-like llama-1b llama-8b opt-30b --tokens 4096 "
                      rf"--trace {tmp_path}/out/trace.json --budget (\d+)\n", calls)  # fmt: skip
     train = re.search(rf"-m bench train {where} --budget (\d+)\n", calls)
     assert 270 < int(step[1]) <= 291 and 200 < int(train[1]) <= 247  # of 535 s, parts that take no time
