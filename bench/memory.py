@@ -23,13 +23,11 @@ from bench.providers import Batch, Provider, Setup
 def peak_bytes(provider: Provider, setup: Setup, batches: Sequence[Batch], device: torch.device) -> int:
     """Largest sum of tensors alive during a provider's first steps, one on each batch: weights, all that the provider
     keeps, temporaries.  On a GPU whatever else is allocated counts, so nothing else should be."""
+    _collect(device)  # an engine that is gone must not hold weights that are replaced now
     if device.type == "cuda":
-        _collect(device)
         torch.cuda.reset_peak_memory_stats()
         _steps(provider, setup, batches)
-        peak = torch.cuda.max_memory_allocated()
-        _collect(device)
-        return peak
+        return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         _steps(provider, replace(setup, model=copy.deepcopy(setup.model)), batches)
     events = [(e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

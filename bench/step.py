@@ -201,20 +201,28 @@ def _measure_case(
     for name, size in planned.items():
         record(name, "planned_bytes", "B", [size])
 
+    gc.collect()
     medians: dict[str, float] = {}
-    for turn in rounds(setup, list(peaks), max(peaks.values()), device):
-        left = None if limit is None else (limit - (time.monotonic() - started)) * len(turn) / len(peaks)
-        for name, values in measure(turn, batches, repeats, device, left).items():
+
+    def take_turns(setups: dict[str, Setup]) -> None:
+        """A function of its own: the engines go with it, and with them their hold on the weights' memory."""
+        steps = {name: PROVIDERS[name].make(setup) for name, setup in setups.items()}
+        left = None if limit is None else (limit - (time.monotonic() - started)) * len(steps) / len(peaks)
+        for name, values in measure(steps, batches, repeats, device, left).items():
             medians[name] = spread(values)["p50"]
             record(name, "time_s", "s", values)
-        for name, step in turn.items():
+        for name, step in steps.items():
             shares = phase_shares(step, batches[: 3 if limit is None else 1], device)
             for part, share in shares.items():
                 record(name, "share", "", [share], phase=part)
             _print(name, medians, peaks, planned, shares)
-        if trace is not None and "zo_finetuner" in turn:
-            write_trace(turn["zo_finetuner"], batches[0], trace, device)
+        if trace is not None and "zo_finetuner" in steps:
+            write_trace(steps["zo_finetuner"], batches[0], trace, device)
             print(f"  {trace}: a step of zo_finetuner")
+
+    for setups in rounds(setup, list(peaks), max(peaks.values()), device):
+        take_turns(setups)
+        gc.collect()
 
 
 def _planned(arguments: argparse.Namespace, case: Case, source: str, common: dict[str, Any]) -> dict[str, int]:
@@ -228,25 +236,22 @@ def _planned(arguments: argparse.Namespace, case: Case, source: str, common: dic
     return found
 
 
-def rounds(setup: Setup, names: Sequence[str], peak: int, device: torch.device) -> Iterator[dict[str, Step]]:
-    """The providers' steps, those together that take turns: all, or where the device has no room for a second model
-    ours, and after them those that move the weights.  peak: of the one that needs most."""
+def rounds(setup: Setup, names: Sequence[str], peak: int, device: torch.device) -> Iterator[dict[str, Setup]]:
+    """The providers that take turns together, each with its model: all, those that move the weights on a copy; or where
+    the device has no room for a second model ours, and after them the others on the same.  peak: of the one that needs
+    most."""
     ours = [name for name in names if not PROVIDERS[name].moves]
     movers = [name for name in names if PROVIDERS[name].moves]
     weights = sum(p.nbytes for p in setup.model.parameters())
 
-    def made(names: Sequence[str], setup: Setup) -> dict[str, Step]:
-        return {name: PROVIDERS[name].make(setup) for name in names}
-
     if not movers or peak + weights <= FULL * capacity(device):
         copied = replace(setup, model=copy.deepcopy(setup.model)) if movers else setup
-        yield made(ours, setup) | made(movers, copied)
+        yield dict.fromkeys(ours, setup) | dict.fromkeys(movers, copied)
         return
     print(f"  the published orders take their turns after ours: the device has no room for a second model of "
           f"{weights / 2**30:.1f} GiB", flush=True)
-    yield made(ours, setup)
-    gc.collect()
-    yield made(movers, setup)
+    yield dict.fromkeys(ours, setup)
+    yield dict.fromkeys(movers, setup)
 
 
 def measure(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -64,8 +66,22 @@ def test_models_by_shape_and_every_provider(data, capsys):
 
 def test_without_room_for_a_copy_the_published_orders_come_after_ours(data, capsys, monkeypatch):
     monkeypatch.setattr(step, "capacity", lambda device: 1)
+    engines, make, sweeps = [], PROVIDERS["zo_finetuner"].make, PROVIDERS["reference_noise"].make
+
+    def noted(setup):
+        ours = make(setup)
+        engines.append(weakref.ref(inspect.getclosurevars(ours).nonlocals["engine"]))
+        return ours
+
+    def after_ours(setup):
+        assert not any(engine() for engine in engines)  # one alive would hold the weights that are replaced: two models
+        return sweeps(setup)
+
+    monkeypatch.setitem(PROVIDERS, "zo_finetuner", Provider(noted, optimizer="mezo"))
+    monkeypatch.setitem(PROVIDERS, "reference_noise", Provider(after_ours, moves=True))
     rows = run(data, "step", "--model", "tiny", "--task", "sst2", "--batch-size", "4")
     check_step_rows(rows, {"tiny"})
+    assert len(engines) == 2  # of the measured peak, of the turns
     told = capsys.readouterr().out
     assert "take their turns after ours: the device has no room for a second model" in told
     assert "shrink" not in rows[0] and {r["dtype"] for r in rows} == {"float32"}
