@@ -133,14 +133,14 @@ def test_a_filled_batch_holds_as_many_rows_as_fit():
 
 
 def test_the_real_rows_of_all_tasks(shared, tmp_path):
-    """Four tasks and the filled batch, which comes second, a turn of three providers."""
-    words = ["--model-like", "llama-8b", "--shrink", "512", "--tokens", "1024", "--batch-size", "2", "--repeats", "1"]
-    words += ["--provider", "inference", "zo_finetuner", "mezo_reference", "--device", "cpu", "--out", str(tmp_path)]
+    """Four tasks and the filled batch, which comes second, a turn of two providers."""
+    words = ["--model-like", "llama-8b", "--shrink", "512", "--tokens", "640", "--batch-size", "1", "--repeats", "1"]
+    words += ["--provider", "inference", "mezo_reference", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["step", "--shared", str(shared), *words]) == 0
     rows = [r for r in read(tmp_path / "step.jsonl") if r["metric"] == "time_s" and r["provider"] == "inference"]
     assert [r["task"] for r in rows] == ["sst2", "boolq", "boolq", "squad", "drop"]
-    assert [r.get("filled") for r in rows] == [None, 1024, None, None, None]
-    assert 600 < rows[1]["tokens"] <= 1024 and rows[1]["n"] > 2 == rows[2]["n"]
+    assert [r.get("filled") for r in rows] == [None, 640, None, None, None]
+    assert 300 < rows[1]["tokens"] <= 640 and rows[1]["n"] > 1 == rows[2]["n"]
     assert rows[0]["tokens"] < 100 < min(r["tokens"] for r in rows[1:])
 
 
