@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zo_finetuner.masks import attention_mask, positions_as_given
+from zo_finetuner.phases import phase
 from zo_finetuner.rows import forward_accepts, head_rows, label_places
 from zo_finetuner.slices import head_slices
 
@@ -30,7 +31,8 @@ def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if "gold" in batch:
         scores = candidate_scores(model, batch)
-        loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
+        with phase("loss"):
+            loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
         return loss, loss.new_full((), scores.shape[0])
     loss = option_losses(model, batch).sum()
     return loss, loss.new_full((), batch["counted"].shape[0])
@@ -68,8 +70,13 @@ def option_losses(model: nn.Module, batch: Batch) -> Tensor:
     at_places = places.new_zeros(places.numel()).index_copy(0, chosen, wanted).view(places.shape)
     with head_slices(model, at_places) as are_losses:
         logits = label_logits(model, batch)
-    losses = logits[:, 0] if are_losses else F.cross_entropy(logits.float(), wanted, reduction="none")
-    return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
+    with phase("loss"):
+        if are_losses:
+            losses = logits[:, 0]
+        else:
+            logits = logits.float()  # under the same name: the 16-bit ones go
+            losses = F.cross_entropy(logits, wanted, reduction="none")
+        return losses.new_zeros(targets.numel()).index_copy(0, counted, losses).view(targets.shape)
 
 
 def label_logits(model: nn.Module, batch: Batch) -> Tensor:
