@@ -10,8 +10,10 @@ import torch  # before _C, so that both use one OpenMP runtime
 from torch import Tensor
 
 from zo_kernels import _C
+from zo_kernels.backends import reference
 from zo_kernels.blocks import DTYPES, Blocks, BlockStats
-from zo_kernels.noise import DISTRIBUTIONS
+from zo_kernels.forms import Form
+from zo_kernels.noise import DIRECTION, DISTRIBUTIONS
 
 _DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
 _DIST = {dist: index for index, dist in enumerate(DISTRIBUTIONS)}
@@ -96,7 +98,9 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
     _C.words(out.data_ptr(), out.shape[0], seed.data_ptr(), tensor_id, stream, first_group, threads)
 
 
-def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
+def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
+    if stream != DIRECTION:
+        return reference.noise(out, seed, tensor_id, start, dist, stream)
     _require_cpu(seed.device)
     threads = torch.get_num_threads()
     _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, start, _DIST[dist], threads)
@@ -111,7 +115,10 @@ def axpy_(
     rounding_seed: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
+    if form is not None:
+        return reference.axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, stats, form)
     table, contiguous = _table(blocks)
     update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed)
     _C.axpy_(table, update, _DIST[dist], _stats(stats), torch.get_num_threads())
@@ -126,16 +133,21 @@ def scratch(
     out: Tensor,
     mirror: Tensor | None,
     tensor_id: int,
-    seed: Tensor,
-    coef: Tensor,
+    seeds: Tensor,
+    coefs: Tensor,
     scale: Tensor | None,
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
+    if form is not None or seeds.numel() > 1:
+        return reference.scratch(
+            theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, stats, form
+        )
     block, kind, threads = _block(theta, tensor_id), _DIST[dist], torch.get_num_threads()
-    probe = _probe(out, mirror, seed, coef, scale, nearest_above)
+    probe = _probe(out, mirror, seeds, coefs, scale, nearest_above)
     if rows is None:
         _C.scratch(block, probe, kind, _stats(stats), threads)
     else:
@@ -165,6 +177,9 @@ def update_scratch_(
     update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 1, decay, rounding_seed)
     probe = _probe(out, mirror, next_seed, next_coef, next_scale, nearest_above)
     _C.update_scratch_(block, update, probe, _DIST[dist], _stats(stats), torch.get_num_threads())
+
+
+update_state_ = reference.update_state_
 
 
 def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:
