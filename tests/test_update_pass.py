@@ -11,7 +11,7 @@ from zo_finetuner.optim import MeZO
 from zo_finetuner.optim.base import Direction
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.update import apply_terms
-from zo_kernels import draw_noise, seed_tensor
+from zo_kernels import draw_noise, seed_tensor, update_
 
 DECAY = torch.tensor(0.95)
 
@@ -37,18 +37,18 @@ def test_terms_with_their_own_scales_share_one_pass():
 def test_the_way_back_shares_the_updates_pass_under_weight_decay(monkeypatch):
     """In place: decay * (theta - eps z) + (decay * eps - lr g) z.  Three passes over the weights, none of its own for
     the way back, and the weights of a scratch run but for rounding."""
-    import zo_finetuner.inplace as inplace
+    import zo_finetuner.update as update
 
-    passes, perturb = [], inplace.perturb_
-    monkeypatch.setattr(inplace, "perturb_", lambda *a, **k: (passes.append(1), perturb(*a, **k)))
-    weights = {}
-    for mode in ("inplace", "scratch"):
+    passes, weights = [], {}
+    monkeypatch.setattr(update, "update_", lambda *a, **k: (passes.append(1), update_(*a, **k)))
+    for mode in ("scratch", "inplace"):
+        passes.clear()
         model = Quadratic()
         engine = Engine(model, MeZO(), eps=EPS, weight_decay=0.5, probing=mode)
         for _ in range(3):
             engine.step(model, 0.1)
         weights[mode] = model.theta().detach()
-    assert len(passes) == 3 * 2  # the third pass of a step is the update
+    assert len(passes) == 3 * 3  # there, to the other side, back and updated
     # A weight below 4 moved in place is off by 2^-23 at most, the loss by that times the gradient, g by that over eps.
     error = 2.0**-23 * Quadratic().gradient().abs().sum() / EPS
     largest = 4.0  # of 57 normals
