@@ -14,7 +14,7 @@ from torch import Tensor
 from zo_kernels import noise as contract
 from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.forms import Form
-from zo_kernels.rounding import fma, round_stochastic
+from zo_kernels.rounding import fma, round_stochastic, sqrt
 
 CHUNK = 1 << 20  # elements at a time: the int64 words of a chunk take 64 MB
 
@@ -54,7 +54,7 @@ def _moved(
     for k in range(seeds.shape[0]):
         z = directions(elements, seeds[k], tensor_id, dist)
         if kind == "weighted":
-            z = z / torch.sqrt(form.state)
+            z = z / sqrt(form.state)
         elif kind == "below":
             z = torch.where(old.to(torch.float32).abs() <= form.value, z, 0.0)
         acc = fma(steps[k], z, acc)
@@ -169,9 +169,9 @@ def _against(rule: str, e: Tensor, acc: Tensor, states: list[Tensor], numbers: T
     m, v = fma(b1, states[0], (1 - b1) * e), fma(b2, states[1], (1 - b2) * (e * e))
     if rule == "adam":
         c1, c2 = rest[3:]
-        return [m, v], acc - (lr / c1) * m / (torch.sqrt(v / c2) + eps)
+        return [m, v], acc - (lr / c1) * m / (sqrt(v / c2) + eps)
     vmax = torch.where(v > states[2], v, states[2])
-    return [m, v, vmax], acc - lr * m / (torch.sqrt(vmax) + eps)
+    return [m, v, vmax], acc - lr * m / (sqrt(vmax) + eps)
 
 
 def _curved(
