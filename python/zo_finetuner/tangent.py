@@ -1,7 +1,7 @@
 """The exact derivative of a loss along a direction, by forward-mode differentiation (dual numbers), no backward pass.
 
 Every trainable parameter of the model is a dual tensor while the closure runs once; afterwards the parameters are back
-in their places, after an exception too.  Memory: the direction of all weights in their dtype, and the activations twice.
+in their places, after an exception too.  Memory: the direction of all weights in their dtype, the activations twice.
 """
 
 from __future__ import annotations
@@ -46,17 +46,13 @@ def _dual(model: nn.Module, blocks: Blocks, direction: Direction) -> Iterator[No
         for module, parameters in own:
             for name, parameter in parameters.items():
                 block = block_of.get(id(parameter))
+                if block is not None and block not in duals:
+                    theta = blocks.tensors[block]
+                    along = move.displacement(theta, blocks.ids[block], block).to(theta.dtype)
+                    duals[block] = forward_ad.make_dual(theta, along)
                 if block is not None:
-                    if block not in duals:
-                        theta = blocks.tensors[block]
-                        along = move.displacement(theta, blocks.ids[block], block).to(theta.dtype)
-                        duals[block] = forward_ad.make_dual(theta, along)
-                    del module._parameters[name]
-                    setattr(module, name, duals[block])
+                    module._parameters[name] = duals[block]
         yield
     finally:
         for module, parameters in own:
-            for name in parameters:
-                module.__dict__.pop(name, None)
-            module._parameters.clear()
             module._parameters.update(parameters)

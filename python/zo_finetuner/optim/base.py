@@ -1,7 +1,7 @@
 """The ask/tell contract between methods and the engine.
 
-A method never touches a weight.  It names directions by small descriptions, asks for losses at theta + coef * scale * z,
-and answers with the coefficients of an update.  The engine owns weights, noise and forwards.
+A method never touches a weight.  It names directions by small descriptions, asks for losses at theta + coef * scale *
+z, and answers with the coefficients of an update.  The engine owns weights, noise and forwards.
 
     start(blocks)   once: what it keeps is allocated
     ask(context)    -> [Probe, ...]

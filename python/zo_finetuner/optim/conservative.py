@@ -3,8 +3,8 @@
     f0 = f(theta),  g = (f(theta + eps z) - f(theta - eps z)) / 2 eps
     theta <- the best of  theta,  theta - lr g z,  theta + lr g z
 
-State: none.  Forwards per step: 5.  A tie stays.  Deviation: the published code undoes a trial by an optimizer step with
-the opposite gradient, which does not lead back under its default AdamW; here trials are probes and nothing is undone.
+State: none.  Forwards per step: 5.  A tie stays.  Deviation: the published code undoes a trial by an optimizer step
+with the opposite gradient, which does not lead back under its default AdamW; here trials are probes, nothing is undone.
 With 16-bit weights and small rates |f0 - f_A| is below what a forward resolves, and the choice close to a coin's.
 """
 

@@ -1,6 +1,6 @@
 """DiZO (divergence-driven zeroth-order): MeZO, and now and then a projection of how far some layers have gone.
 
-    every `period` steps of MeZO, `rounds` steps each of which, on its own batch and for all projected tensors b at once,
+    after `period` steps of MeZO, `rounds` steps, each on its own batch and for all projected tensors b at once:
     t_b = |theta_b - theta0_b|,  z_b normal, clipped to +- tau t_b / reach,
     f+- = f(theta0_b + (gamma_b +- reach z_b) / t_b (theta_b - theta0_b)),  g = (f+ - f-) / 2 reach
     gamma_b <- gamma_b - step t_b g z_b, clipped to (1 +- tau) t_b          (gamma_b = t_b before the first round)

@@ -1,4 +1,4 @@
-"""HiZOO (Zhao et al., arXiv 2402.15173): perturb and update by the inverse root of an estimate of the Hessian's diagonal.
+"""HiZOO (Zhao et al., arXiv 2402.15173): scaled by the inverse root of an estimate of the Hessian's diagonal.
 
     f0 = f(theta),  f+- = f(theta +- eps z / sqrt(h)),  g = (f+ - f-) / 2 eps,  c = |f+ + f- - 2 f0| / 2 eps^2
     h <- (1 - alpha) h + alpha c (z^2 - 1) h;      theta -= lr g z / sqrt(h)

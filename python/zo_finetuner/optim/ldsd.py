@@ -4,8 +4,8 @@
     g = (f_* - f(theta - eps z_*)) / 2 eps;  theta by a rule with g z_* for a gradient
     a_j = f_j - mean of the other f;         mu <- mu - mean_lr / (K std) sum_j a_j xi_j
 
-Variants: ldsd-sgd, ldsd-adamm, ldsd-jaguar (sign of an average of g z_*).  State: mu, 1 P in `mean_dtype` (fp32, or bf16
-rounded stochastically), and the rule's (0, 3 P, 1 P).  Forwards per step: K + 1, the published K + 2 evaluate f_* twice.
+Variants: ldsd-sgd, ldsd-adamm, ldsd-jaguar (sign of an average of g z_*).  State: mu, 1 P in `mean_dtype` (fp32, or
+bf16 rounded stochastically), and the rule's (0, 3 P, 1 P).  Forwards per step: K + 1 (published: f_* twice, K + 2).
 SGD with an fp32 mean moves theta and mu in one pass.  With scales s_b, xi is s_b xi and mu is moved by the natural
 gradient.  Source: LDSD's code and scripts (K 5, std 1, mean_lr 4e-2, cosine to .1 of lr 1e-3 on LoRA).
 Deviations: mu is moved with the very directions that were evaluated; the published code regenerates them from the best
@@ -49,8 +49,8 @@ class LDSD(Directed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.candidates < 2:
-            raise InputError(f"candidates must be at least 2, got {self.candidates}: the baseline of a candidate is the "
-                             f"mean of the others")
+            raise InputError(f"candidates must be at least 2, got {self.candidates}: the baseline of a candidate is "
+                             f"the mean of the others")
         require_positive("std", self.std)
         require_not_negative("mean_lr", self.mean_lr)
         if self.mean_dtype not in DTYPES:

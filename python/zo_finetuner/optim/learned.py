@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ Scales = PertNN | ScaleNet | str | os.PathLike | None
 
 
 def learned_scales(model: nn.Module, pertnn: Scales, batch_size: int, seed: int, normalize: bool) -> Learned:
-    """The learned optimizer's policy.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is exactly
-    zero are frozen (`requires_grad_(False)`): no probe, no update, no time."""
+    """The learned optimizer's policy.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is
+    exactly zero are frozen (`requires_grad_(False)`): no probe, no update, no time."""
     nets = None if pertnn is None else _load(pertnn, model)
     if isinstance(nets, ScaleNet):
         freeze(model, nets.skipped())

@@ -63,6 +63,6 @@ class Small(Everything):
                              f"it, or give a smaller --set sparsity")
         limit = theta.abs().flatten().float().kthvalue(count).values.item()
         if limit == 0:
-            raise InputError(f"{name}: its smallest weights are exactly zero and would be masked once they move: freeze "
-                             f"it, or use a method without a mask (LoRA's B starts at zero)")
+            raise InputError(f"{name}: its smallest weights are exactly zero and would be masked once they move: "
+                             f"freeze it, or use a method without a mask (LoRA's B starts at zero)")
         return limit
