@@ -7,7 +7,7 @@ import torch
 from test_engine import EPS, Quadratic
 
 from zo_finetuner.engine import Engine
-from zo_finetuner.optim import MeZO
+from zo_finetuner.optim import MeZO, make_method
 from zo_finetuner.optim.base import Direction
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.update import apply_terms
@@ -54,6 +54,26 @@ def test_the_way_back_shares_the_updates_pass_under_weight_decay(monkeypatch):
     largest = 4.0  # of 57 normals
     assert (weights["inplace"] - weights["scratch"]).abs().max() < 3 * 0.1 * error * largest
     assert (weights["scratch"] - Quadratic().theta()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "name, settings, passes",
+    [
+        ("mezo", {"probes": 3}, 2 * 3 + 1),
+        ("fzoo", {"probes": 3}, 3 + 1),  # the centre is met before the first is displaced
+        ("zo-momentum", {}, 2 + 1),  # and the pass that updates the state, which is another op
+        ("mezo-gv", {}, 2 + 2 + 1),
+        ("ldsd-adamm", {"candidates": 3}, 4 + 2),  # and the mean's
+    ],
+)
+def test_in_place_a_way_back_and_the_next_way_are_one_pass(name, settings, passes, monkeypatch):
+    import zo_finetuner.update as update
+
+    made = []
+    monkeypatch.setattr(update, "update_", lambda *a, **k: (made.append(1), update_(*a, **k)))
+    model = Quadratic()
+    Engine(model, make_method(name, model, settings=settings), eps=EPS, probing="inplace").step(model, 1e-3)
+    assert len(made) == passes
 
 
 def test_a_profiler_sees_the_phases_of_a_step():

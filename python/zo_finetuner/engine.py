@@ -113,13 +113,14 @@ class Engine:
                     request = self.method.tell(losses)
             with phase("update"):
                 self._apply(request, finite, before)
+                loss = torch.where(finite, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
             raise
         finally:
             self.model.train(training)
         self.step_count += 1
-        return request.loss
+        return loss
 
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
