@@ -37,7 +37,7 @@ class Published(LDSD):
 
 
 def alignment(kind, steps=300, **settings):
-    """Cosine of the mean with the gradient, weights as good as frozen.  The rate is large: a_j is eps |gradient| std."""
+    """Cosine of the mean with the gradient, weights as good as frozen.  The rate is large: a_j is eps |g| std."""
     model = Slope()
     engine = Engine(model, kind(mean_lr=4.0, **settings), eps=1e-2, seed=1, probing="scratch")
     for _ in range(steps):

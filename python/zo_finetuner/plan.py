@@ -25,7 +25,7 @@ from zo_finetuner.loading import empty_model
 from zo_finetuner.optim import Learned, Method, ZOFineTuner, check_method, make_method
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
-from zo_finetuner.probing import MODES
+from zo_finetuner.probing import MODES, require_goes
 from zo_finetuner.rows import forward_accepts, output_head
 from zo_finetuner.scratch import SHARE_SAMPLE
 from zo_finetuner.tasks import get_task
@@ -45,7 +45,7 @@ class Memory:
                  embedding the batch's rows, of the head the candidates' rows or all; paired probing: both signs
     activations  largest sum of tensors alive in a forward before the head
     logits       the same from the head on; activations and logits are not alive together, the larger counts
-    method       its state for every weight; nets, scales and statistics per block
+    method       its state for every weight; nets, scales and statistics per block; the direction of a derivative
     tables       of the GPU kernels: 56 bytes a tensor, 16 a chunk of 65,536 elements
     first        besides weights, method and tables in the first step: the growing scratch, the check of its rounding
                  (what the rehearsal of paired probing copies, the logits among it, is not counted)
@@ -147,8 +147,7 @@ def make_plan(
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
     method = _method(optimizer, model, blocks, batch, settings)
-    if probing == "inplace" and method.scratch_only:
-        raise InputError(f"probing inplace does not go with {optimizer}: {method.scratch_only}")
+    require_goes(probing, method.scratch_only)
     if probing == "auto":
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)
@@ -237,20 +236,26 @@ def _predict(
     once = trace_loss(model, batch)
     trained = numel * size
     count = method.forwards
+    cost, first, scratch, largest, along = once, 0, 0, "", 0
     work = Work(count, count * once.flops, count * trained, count * once.traffic, 2 * (count + 1) * trained,
                 once.operators)  # fmt: skip
-    cost, first, scratch, largest = once, 0, 0, ""
-    if probing != "inplace":
+    if method.slopes:  # the direction of all weights, and every tensor of a forward twice
+        along, cost = trained, replace(once, body=2 * once.body, logits=2 * once.logits)
+    elif probing != "inplace":
         probed = trace_probes(model, trainable_blocks(model), batch, probing)
         cost, first, scratch, largest = probed.later, probed.first, probed.scratch, probed.largest
         if size == 2:  # the check of what rounding leaves of a perturbation: four fp64 copies of a sample, and one
             first = max(first, (4 * 8 + size) * min(SHARE_SAMPLE, max(blocks.numels)))
         # One read of the weights makes a copy, or two for both signs; forwards read what was written.
-        pairs = count // 2 if probing == "paired" else 0
-        forwards, passes = count - pairs, 2 * count - pairs
-        moved = passes * probed.written + 2 * trained
+        pairs = method.pairs if probing == "paired" else 0
+        alone = count - 2 * pairs
         work = Work(
-            forwards, forwards * cost.flops, count * probed.written, forwards * cost.traffic, moved, cost.operators
+            forwards=pairs + alone,
+            flops=pairs * cost.flops + alone * once.flops,
+            read=count * probed.written,
+            traffic=pairs * cost.traffic + alone * once.traffic,
+            moved=(3 * pairs + 2 * alone) * probed.written + 2 * trained,
+            operators=cost.operators,
         )
     state = sum(t.nbytes for states in _states(method) for t in states)
     work = replace(work, moved=work.moved + 2 * state)
@@ -261,7 +266,8 @@ def _predict(
         scratch=scratch,
         activations=cost.body,
         logits=cost.logits,
-        method=sum({id(t): t.nbytes for t in _tensors(method)}.values()) + len(blocks) * (BLOCK_STATS * learned + 4),
+        method=sum({id(t): t.nbytes for t in _tensors(method)}.values()) + along
+        + len(blocks) * (BLOCK_STATS * learned + 4),
         tables=len(blocks) * 56 + sum(-(-n >> 16) * 16 for n in blocks.numels),
         first=first,
         gradients=trained,

@@ -27,6 +27,12 @@ PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceP
 MODES = ("auto", *PROBINGS)
 
 
+def require_goes(mode: str, scratch_only: str) -> None:
+    """InputError for probing in place of a method that cannot be probed so."""
+    if mode == "inplace" and scratch_only:
+        raise InputError(f"probing inplace does not go with this method: {scratch_only}; use --probing scratch")
+
+
 def make_probing(
     mode: str, model: nn.Module, blocks: Blocks, scratch_only: str = ""
 ) -> InPlaceProbing | ScratchProbing | PairedProbing:
@@ -35,8 +41,7 @@ def make_probing(
     prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0.  Raises InputError."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
-    if mode == "inplace" and scratch_only:
-        raise InputError(f"probing inplace does not go with this method: {scratch_only}; use --probing scratch")
+    require_goes(mode, scratch_only)
     if mode == "auto":
         mode = "scratch" if scratch_only or any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
     return PROBINGS[mode](model, blocks)

@@ -109,14 +109,19 @@ class Part:
 
 @dataclass
 class Method(Part):
-    """Base of all methods.  forwards: losses that a step asks for; directions: seeds that it needs.
+    """Base of all methods.  forwards: losses that a step asks for, pairs: how many pairs of them are of one direction
+    with both signs; directions: seeds that it needs.
+
+    slopes: it asks for derivatives (`Slope`) and not for probes; each counts as two forwards.
 
     scratch_only: why its probes cannot be made in place, "" where they can.
     uniform: every step asks for the same probes (a captured step may stand for all)."""
 
     name = "method"
     forwards = 0
+    pairs = 0
     directions = 1
+    slopes = False
     scratch_only = ""
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -85,6 +85,14 @@ class Composed(Directed):
         return self.estimator.forwards
 
     @property
+    def pairs(self) -> int:
+        return self.estimator.pairs
+
+    @property
+    def slopes(self) -> bool:
+        return self.estimator.slopes
+
+    @property
     def scratch_only(self) -> str:
         return self.subset.scratch_only
 

@@ -23,7 +23,7 @@ from zo_finetuner.optim.composed import Directed
 class Conservative(Directed):
     name: str = "zo-conservative"
 
-    forwards = 5
+    forwards, pairs = 5, 2
     fixed = {
         "rule": "it tries three points of one line, which is what plain SGD steps are",
         "estimator": "its second round tries the step that a pair of probes proposes",

@@ -41,9 +41,12 @@ class Estimate:
 
 @dataclass
 class Estimator(Part):
-    """probes: directions of a step.  directions: seeds that they take; forwards: losses."""
+    """probes: directions of a step.  directions: seeds that they take; forwards, pairs, slopes: as of a Method."""
 
     probes: int = 1
+
+    pairs = 0
+    slopes = False
 
     def __post_init__(self) -> None:
         if self.probes < 1:
@@ -71,6 +74,10 @@ class Central(Estimator):
     @property
     def forwards(self) -> int:
         return 2 * self.probes
+
+    @property
+    def pairs(self) -> int:
+        return self.probes
 
     def ask(self, directions: list[Direction], context: StepContext) -> list[Probe]:
         self._directions, self._eps = directions, context.eps

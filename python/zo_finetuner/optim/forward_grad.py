@@ -21,6 +21,8 @@ from zo_finetuner.optim.estimators import Estimate, Estimator
 
 @dataclass
 class ExactSlope(Estimator):
+    slopes = True
+
     @property
     def forwards(self) -> int:
         return 2 * self.probes

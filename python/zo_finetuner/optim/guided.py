@@ -32,6 +32,8 @@ class Guided(Estimator):
     probes: int = 2
     greedy: bool = False
 
+    pairs = 1
+
     def __post_init__(self) -> None:
         if self.probes < 2:
             raise InputError(f"probes must be at least 2, got {self.probes}: the best of one candidate is no choice")

@@ -34,7 +34,7 @@ class HiZOO(Directed):
     alpha: float = 1e-8
     compat: str = "intended"
 
-    forwards = 3
+    forwards, pairs = 3, 1
     fixed = {
         "scales": "its curvature is the scale of every weight",
         "rule": "its curvature is updated in the pass that updates the weights",
