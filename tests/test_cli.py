@@ -152,6 +152,18 @@ def test_a_composition_by_flags_and_yaml(base, tmp_path):
     assert written["forwards"] == 2 * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "forwards"),
+    [("forward-grad", (), 4), ("dizo", ("period=1", "rounds=1"), 4), ("ldsd-jaguar", ("candidates=2",), 6)],
+)
+def test_methods_of_other_rounds_train(base, tmp_path, name, settings, forwards):
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    assert main([*flags(base, tmp_path / "run", steps=2, lr=1e-3, optimizer=name), *chosen]) == 0
+    written = result(tmp_path / "run")
+    assert written["forwards"] == forwards and written["skipped_steps"] == 0
+    assert written["eval_loss_after"] != written["eval_loss_before"]
+
+
 BAD_SETTINGS = [
     (dict(task="sst3"), ('"sst3"', '"sst2"')),
     (dict(optimizer="mezzo"), ('"mezzo"', 'did you mean "mezo"')),

@@ -16,6 +16,8 @@ from zo_finetuner.hf import ZOTrainer
 from zo_finetuner.optim import METHODS, PRESETS, Composed, make_method
 from zo_finetuner.optim.rules import RULES
 from zo_finetuner.optim.settings import build
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.pertnn import PertNN
 from zo_kernels import Blocks, derive_seed, dot_noise, draw_noise, seed_tensor, tensor_ids, use_backend
 
 # Every name, sized for tests; then compositions.
@@ -293,6 +295,25 @@ def test_sixteen_bits_and_predicted_state(case):
 
 def size(state):
     return sum(t.nbytes for v in state.values() for t in (v if isinstance(v, list) else [v]))
+
+
+def test_learned_scales_go_with_other_rules_and_estimators():
+    """Momentum without memory on learned scales is the learned optimizer; other estimators feed back a mean loss."""
+    ids, ends = tokens(), []
+    for name, settings in (("zo-finetuner", {}), ("zo-momentum", {"beta": 0.0})):
+        model = tiny("llama")
+        nets = PertNN.fresh(trainable_blocks(model).names, seed=1)
+        engine = Engine(model, make_method(name, model, pertnn=nets, settings=settings), eps=1e-2, seed=2)
+        for _ in range(3):
+            engine.step(lambda model=model: model(input_ids=ids, labels=ids).loss, 1e-3)
+        assert 0 < engine.metrics()["scale_min"] < engine.metrics()["scale_max"]
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (ends[0] - ends[1]).abs().max() < 5e-6
+    model = tiny("llama")
+    method = make_method("es", model, pertnn=nets, settings={"probes": 3})
+    engine = Engine(model, method, eps=1e-2)
+    loss = engine.step(lambda: model(input_ids=ids, labels=ids).loss, 1e-3)
+    assert method.scales.history.losses.tolist() == [loss.item()] * 2
 
 
 REFUSED = [
