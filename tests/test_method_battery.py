@@ -230,6 +230,26 @@ def test_a_loss_that_is_not_finite_leaves_no_trace(case):
 
 
 @METHOD
+def test_an_exception_leaves_no_trace(case):
+    """In any of a step's forwards, with memory that `ask` or a first round has written already."""
+    engine, twin = engine_of(case), engine_of(case)
+    run(engine, 2), run(twin, 2)
+    for at in range(1 if case == "forward-grad" else method(case).forwards):
+        before, memory, count = flat(engine), kept(engine), iter(range(99))
+
+        def loss(at=at, count=count):
+            if next(count) == at:
+                raise KeyboardInterrupt
+            return engine.model()
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(loss, LR)
+        assert torch.equal(flat(engine), before) and same(kept(engine), memory), at
+    run(engine, 2), run(twin, 2)
+    assert torch.equal(flat(engine), flat(twin))
+
+
+@METHOD
 def test_frozen_and_tied_tensors(case):
     """A frozen tensor stays and changes nobody's noise; a tied one has one noise and one state."""
     ids, ends = tokens(), []

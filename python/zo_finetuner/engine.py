@@ -116,6 +116,8 @@ class Engine:
                 loss = torch.where(finite, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
+            for name, tensor in self.method.kept().items():
+                tensor.copy_(before[name])
             raise
         finally:
             self.model.train(training)
