@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from zo_finetuner.errors import InputError
 from zo_finetuner.inplace import InPlaceProbing
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
@@ -27,12 +28,22 @@ PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceP
 MODES = ("auto", *PROBINGS)
 
 
-def make_probing(mode: str, model: nn.Module, blocks: Blocks) -> InPlaceProbing | ScratchProbing | PairedProbing:
-    """mode "auto": scratch where any trainable weight has 16 bits, else in place.  Paired probing doubles activations
-    and is asked for by name: on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0."""
+def require_goes(mode: str, scratch_only: str) -> None:
+    """InputError for probing in place of a method that cannot be probed so."""
+    if mode == "inplace" and scratch_only:
+        raise InputError(f"probing inplace does not go with this method: {scratch_only}; use --probing scratch")
+
+
+def make_probing(
+    mode: str, model: nn.Module, blocks: Blocks, scratch_only: str = ""
+) -> InPlaceProbing | ScratchProbing | PairedProbing:
+    """mode "auto": scratch where any trainable weight has 16 bits, else in place.  scratch_only: why the method cannot
+    be probed in place, "" where it can.  Paired probing doubles activations and is asked for by name: on a CPU (16
+    prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0.  Raises InputError."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
+    require_goes(mode, scratch_only)
     if mode == "auto":
-        mode = "scratch" if any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
+        mode = "scratch" if scratch_only or any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
     slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
     return PROBINGS[mode](model, blocks)

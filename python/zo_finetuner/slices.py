@@ -61,7 +61,8 @@ def head_slices(model: nn.Module, targets: Tensor) -> Iterator[bool]:
     one slice covers (`slice_rows`), and where slices cannot be made or were found to give other losses: a line of the
     log says which model and why.  The targets stand in `head._zo_targets` meanwhile."""
     plan = slicing(model)
-    if torch.is_grad_enabled() or not plan.rows:
+    dual = plan.rows and not isinstance(plan.head.weight, nn.Parameter)  # `tangent.py`
+    if torch.is_grad_enabled() or not plan.rows or dual:
         if plan.fault and not plan.told:
             name, (rows, width) = type(unwrap(model)).__name__, plan.shape
             logger.warning("%s: its head (%d x %d) is read whole, not in slices: %s", name, rows, width, plan.fault)

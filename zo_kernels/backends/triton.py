@@ -15,7 +15,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zo_kernels.backends import reference
 from zo_kernels.blocks import Blocks, BlockStats
+from zo_kernels.forms import Form
+from zo_kernels.noise import DIRECTION
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
@@ -53,7 +56,9 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
             words_kernel[(tiles,)](out, groups, seed, tensor_id, stream, first_group, GROUPS=BLOCK, **LAUNCH)
 
 
-def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
+def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
+    if stream != DIRECTION:
+        return reference.noise(out, seed, tensor_id, start, dist, stream)
     numel = out.numel()
     if numel:
         tiles = (start + numel - 1) // BLOCK - start // BLOCK + 1
@@ -116,7 +121,10 @@ def axpy_(
     rounding_seed: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
+    if form is not None:
+        return reference.axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, stats, form)
     if not len(blocks):
         return
     tables, count = _tables(blocks), seeds.shape[0]
@@ -209,15 +217,20 @@ def scratch(
     out: Tensor,
     mirror: Tensor | None,
     tensor_id: int,
-    seed: Tensor,
-    coef: Tensor,
+    seeds: Tensor,
+    coefs: Tensor,
     scale: Tensor | None,
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
-    probe = (seed, coef, scale, nearest_above)
+    if form is not None or seeds.numel() > 1:
+        return reference.scratch(
+            theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, stats, form
+        )
+    probe = (seeds, coefs, scale, nearest_above)
     _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats)
 
 
@@ -266,6 +279,9 @@ def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, s
         if dots is not None:
             sum_kernel[(len(blocks), count)](dots, tables.chunks, tables.blocks, out, LANES=LANES, **LAUNCH)
         _finish(stats, partial, tables.blocks)
+
+
+update_state_ = reference.update_state_
 
 
 def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:
