@@ -16,8 +16,9 @@ MEASURED = {
     "step": ("bench.step", "a whole step against MeZO's order of operations and against bare inference"),
     "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
     "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
+    "quality": ("bench.quality.command", "learned scales against MeZO and the honest controls, at equal forwards"),
 }
-CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/kernels.png")}
+CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/*.png")}
 
 
 def parse(words: list[str]) -> list[tuple[str, argparse.Namespace]]:

@@ -58,5 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     from bench.picture import draw
 
     draw(rows, arguments.results / "kernels.png")
+    from bench.quality.picture import draw as draw_quality
+
+    draw_quality(rows, arguments.results / "quality.png")
     print(f"{arguments.readme}: {'written' if before != after else 'as it was'}; {arguments.results / 'kernels.png'}")
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bench.operations import LARGE, PAIRS, TARGETS
+from bench.quality.verdict import table as quality
 
 Row = dict[str, Any]
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -236,4 +237,5 @@ def acceptance(rows: list[Row]) -> str:
     return table(["held-out rows", "loss, median", "min..max", "accuracy", "min..max"], lines)
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"cpu": cpu, "gpu": gpu, "step": step, "acceptance": acceptance}
+TABLES: dict[str, Callable[[list[Row]], str]] = {"cpu": cpu, "gpu": gpu, "step": step, "acceptance": acceptance,
+                                                   "quality": quality}
