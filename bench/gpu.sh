@@ -4,9 +4,11 @@
 #   bench/gpu.sh kernels|step|quality OUT
 #
 # OUT gets environment.txt, build.log, tests.log, bench.log and the rows, each written when it is measured; of kernels,
-# if there is time, a profile and its trace.json.  Ends within 9 minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part failed, 2 when it
+# if there is time, a profile and its trace.json.  `quality` takes several calls: the first one pretrains a base, those
+# after it learn and deploy on it, each going on where the last one ended.  Ends within 9 minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part failed, 2 when it
 # could not begin.
 #   ZO_DATA     folder of models and data sets       (default: ../shared)
+#   ZO_BASE     the base model of `quality`          (default: runs/base)
 #   ZO_COMMIT   `git describe --always --dirty` of the origin, where this is a copy and no checkout
 #   PYTHON      the interpreter that has torch       (default: python3)
 set -uo pipefail
@@ -91,7 +93,17 @@ part tests $TEST_LIMIT tests.log "$python" -m pytest -q -p no:cacheprovider -k "
 tail -n 1 "$out/tests.log"
 
 left=$((LIMIT - SECONDS))
-[ "$suite" != kernels ] || options+=(--budget $((left - 30)))
+base=${ZO_BASE:-runs/base}
+case $suite in
+  kernels) options+=(--budget $((left - 30))) ;;
+  quality)
+    if [ -f "$base/pretrain.json" ]; then # the last job to begin has two minutes
+      options+=(--model "$base" --budget "$((left > 150 ? (left - 120) / 60 : 1))")
+    else # two minutes for reading, tokenizing and compiling
+      options=(--pretrain "$data/corpus" --out-model "$base" --minutes "$((left > 240 ? (left - 120) / 60 : 1))")
+    fi
+    ;;
+esac
 part bench $left bench.log "$python" -m bench "$suite" --device cuda --out "$out" ${options[@]+"${options[@]}"}
 tail -n 25 "$out/bench.log"
 left=$((LIMIT - SECONDS))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.quality.cells import BATCH, EPS, WINDOW, text_file
+from bench.quality.cells import BATCH, EPS, HORIZON, WINDOW, text_file
 from zo_finetuner.block_kinds import layer_of
 from zo_finetuner.encoding import pad_token
 from zo_finetuner.learning.improved import RATE
@@ -33,7 +33,7 @@ def artefact_path(work: Path, model: str, recipe: str, sets: tuple[str, ...]) ->
 
 
 def make_artefact(
-    work: Path, shared: Path, model: str, recipe: str, sets: tuple[str, ...], horizon: int, quick: bool
+    work: Path, shared: Path, model: str, recipe: str, sets: tuple[str, ...], quick: bool
 ) -> Path:
     """Learns unless it has been; goes on from the last whole window."""
     path = artefact_path(work, model, recipe, sets)
@@ -44,7 +44,7 @@ def make_artefact(
         learn(
             LearnSettings(
                 model=model, output_dir=str(path.parent), recipe=recipe, tasks=tasks, texts=texts,
-                data=(str(shared / "data"),) if tasks else (), text_length=WINDOW, horizon=horizon,
+                data=(str(shared / "data"),) if tasks else (), text_length=WINDOW, horizon=HORIZON,
                 num_train=PAPER_ROWS if recipe == "paper" else None, eps=EPS, resume=True, **short,
             ),
             progress=False,

@@ -137,7 +137,7 @@ class Bed:
         return Run(curve, best[2], step, time.perf_counter() - started)
 
     def _loss_fn(self, number: int, seed: int) -> Callable[[], Tensor]:
-        batch = self._collate(batch_rows(self.rows.train, BATCH, number, seed))
+        batch = self._collate(batch_rows(self.rows.train, self.cell.batch, number, seed))
 
         def loss() -> Tensor:
             total, weight = training_loss(self.model, batch)

@@ -16,7 +16,7 @@ import torch
 
 from bench.quality.artefacts import overhead
 from bench.quality.bed import ADAM_STEPS, Bed
-from bench.quality.cells import BATCH, EPS, Cell, grid
+from bench.quality.cells import BATCH, EPS, TEXT_BATCH, Cell, grid
 from bench.quality.jobs import (
     ABLATIONS,
     ADAM_RATES,
@@ -25,8 +25,8 @@ from bench.quality.jobs import (
     Learn,
     Place,
     check_provider,
-    compared,
     learnable,
+    rounds,
     work_on,
 )
 from bench.quality.picture import draw
@@ -88,24 +88,24 @@ def plan(cells: list[Cell], providers: list[str], ablations: bool) -> list[Job]:
     """All jobs in the order in which they are begun, what is learned before what needs it.  Raises InputError."""
     for name in providers:
         check_provider(name)
-    horizons = {cell.model: max(c.steps for c in cells if c.model == cell.model) for cell in cells}
-    turns = [[cell for cell in cells if cell.model == model] for model in horizons]
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    turns = [[cell for cell in cells if cell.model == model] for model in models]
     ordered = [cells[i] for i in range(max(map(len, turns))) for cells in turns if i < len(cells)]
-    deploys = [Deploy(cell, name) for cell in ordered for name in ("adam", *(providers or compared()))]
+    asked = [("adam", *providers)] if providers else rounds()
+    deploys = [Deploy(cell, name) for names in asked for cell in ordered for name in names]
     if ablations:
         deploys += [Deploy(cell, name) for turn in turns for cell in turn[:2] for name in ABLATIONS]
-    jobs: list[Job] = [Central(model) for model in horizons]
+    jobs: list[Job] = [Central(model) for model in models]
     for deploy in dict.fromkeys(deploys):
-        learn = deploy.learns(horizons[deploy.cell.model])
-        if learn is not None and learn not in jobs:
-            jobs.append(learn)
+        if deploy.learns is not None and deploy.learns not in jobs:
+            jobs.append(deploy.learns)
         jobs.append(deploy)
     return jobs
 
 
 def work(jobs: list[Job], place: Place, workers: int, end: float | None) -> int:
     """Do what is left; the number of jobs that failed."""
-    os.environ["OMP_NUM_THREADS"] = threads = str(max(1, (os.cpu_count() or 2) // workers))
+    os.environ["OMP_NUM_THREADS"] = "1"  # models of a few million parameters: more processes, not more threads
     waiting = [job for job in jobs if not job.result(place).is_file()]
     running: dict[Future, Job] = {}
     failed: list[Job] = []
@@ -113,10 +113,10 @@ def work(jobs: list[Job], place: Place, workers: int, end: float | None) -> int:
         while waiting or running:
             late = end is not None and time.monotonic() > end
             for job in [] if late else list(waiting):
-                if len(running) < workers and all(need.result(place).is_file() for need in _needs(job, jobs)):
+                if len(running) < workers and all(need.result(place).is_file() for need in _needs(job)):
                     waiting.remove(job)
                     if _worth_it(job, place):
-                        running[pool.submit(work_on, job, place, int(threads))] = job
+                        running[pool.submit(work_on, job, place)] = job
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -131,12 +131,12 @@ def work(jobs: list[Job], place: Place, workers: int, end: float | None) -> int:
     return len(failed)
 
 
-def _needs(job: Job, jobs: list[Job]) -> list[Job]:
+def _needs(job: Job) -> list[Job]:
     """The jobs whose results this one reads."""
     if not isinstance(job, Deploy) or job.provider == "adam":
         return []
-    learned = [other for other in jobs if isinstance(other, Learn) and other == job.learns(other.horizon)]
-    return [Central(job.cell.model), Deploy(job.cell, "adam"), *learned]
+    needs = [Central(job.cell.model), Deploy(job.cell, "adam"), job.learns]
+    return [need for need in needs if need is not None]
 
 
 def _worth_it(job: Job, place: Place) -> bool:
@@ -165,8 +165,8 @@ def _print_plan(jobs: list[Job], place: Place, workers: int) -> None:
             total += minutes
             print(f"{job.name:<83}{minutes:>8.1f}")
     rates, seeds = len(place.multiples), len(place.seeds)
-    print(f"each method and cell: {rates} rates on dev rows, 1 seed, then {seeds} fresh seeds on held-out rows; Adam "
-          f"{len(ADAM_RATES)} rates; batch {BATCH}, eps {EPS}; no ZO run where Adam learns nothing")  # fmt: skip
+    print(f"each method and cell: {rates} rates on dev rows, 1 seed, then {seeds} fresh seeds on held-out rows; "
+          f"Adam {len(ADAM_RATES)} rates; batch {BATCH}, of text {TEXT_BATCH}; eps {EPS}; no ZO run where Adam learns nothing")
     print(f"about {total / workers:.0f} minutes with {workers} processes", flush=True)
 
 

@@ -43,14 +43,14 @@ LEARNED = {
     "improved, per layer": ("improved", False),
     "improved, several sets": ("improved", True),
 }
-METHODS_COMPARED = ("mezo", "improved", "closed-form", "random", "paper", "published")
+FIRST, SECOND = ("mezo", "improved", "closed-form", "random"), ("paper", "published")  # all cells of the first before
 OPTIONAL = ("self-calibrated",)  # compared where the library has it
 ABLATIONS = ("improved, several sets", "improved, per layer", "improved, not normalised")
 
 
-def compared() -> tuple[str, ...]:
-    """The providers of the main table, Adam aside."""
-    return METHODS_COMPARED + tuple(name for name in OPTIONAL if name in METHODS)
+def rounds() -> tuple[tuple[str, ...], ...]:
+    """The providers of the main table: what all cells get first, and then."""
+    return ("adam", *FIRST), SECOND + tuple(name for name in OPTIONAL if name in METHODS)
 
 
 def check_provider(name: str) -> None:
@@ -102,7 +102,6 @@ class Learn:
     model: str
     recipe: str
     sets: tuple[str, ...]
-    horizon: int
 
     @property
     def name(self) -> str:
@@ -112,7 +111,7 @@ class Learn:
         return artefact_path(place.work, self.model, self.recipe, self.sets).parent / "result.json"
 
     def run(self, place: Place) -> None:
-        make_artefact(place.work, place.shared, self.model, self.recipe, self.sets, self.horizon, place.quick)
+        make_artefact(place.work, place.shared, self.model, self.recipe, self.sets, place.quick)
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,9 @@ class Deploy:
             return ()
         return self.cell.learn_on_several if LEARNED[self.provider][1] else (self.cell.learn_on,)
 
-    def learns(self, horizon: int) -> Learn | None:
-        return Learn(self.cell.model, LEARNED[self.provider][0], self.sets, horizon) if self.sets else None
+    @property
+    def learns(self) -> Learn | None:
+        return Learn(self.cell.model, LEARNED[self.provider][0], self.sets) if self.sets else None
 
     def folder(self, place: Place) -> Path:
         return place.work / "runs" / f"{self.cell.name}-{self.cell.steps}" / self.provider.replace(", ", "-")
@@ -196,21 +196,17 @@ def _next(multiples: tuple[float, ...], losses: dict[float, float], widen: bool)
 
 def _maker(job: Deploy, place: Place) -> Callable[[nn.Module, int], Method]:
     """(model, seed) -> method.  Random nets are drawn anew for every seed."""
-    provider = job.provider
-    if provider == "random":
-        return lambda model, seed: make_method("zo-finetuner", model, batch_size=16, seed=seed)
-    if provider == "published":
-        return _with(place.shared / "pertnn" / PUBLISHED)
-    if provider not in LEARNED:
-        return lambda model, seed: make_method(provider, model, batch_size=16, seed=seed)
-    path = artefact_path(place.work, job.cell.model, LEARNED[provider][0], job.sets)
+    provider, name, options = job.provider, "zo-finetuner", {}
+    if provider in LEARNED:
+        path = artefact_path(place.work, job.cell.model, LEARNED[provider][0], job.sets)
+        options = {"pertnn": path, "normalize": provider != "improved, not normalised"}
     if provider == "improved, per layer":
-        return _with(per_layer(path), name="closed-form")
-    return _with(path, normalize=provider != "improved, not normalised")
-
-
-def _with(nets: Any, name: str = "zo-finetuner", **options: Any) -> Callable[[nn.Module, int], Method]:
-    return lambda model, seed: make_method(name, model, batch_size=16, seed=seed, pertnn=nets, **options)
+        name, options = "closed-form", {"pertnn": per_layer(path)}
+    elif provider == "published":
+        options = {"pertnn": place.shared / "pertnn" / PUBLISHED}
+    elif provider not in ("random", *LEARNED):
+        name = provider
+    return lambda model, seed: make_method(name, model, batch_size=job.cell.batch, seed=seed, **options)
 
 
 def _row(job: Deploy, bed: Bed, run: Run, split: str, seed: int, device: str) -> dict[str, Any]:
@@ -238,12 +234,12 @@ def learnable(deploy: Deploy, place: Place) -> bool:
     return runs[0]["reference"] - statistics.median(losses) > max(losses) - min(losses)
 
 
-def work_on(job: Central | Learn | Deploy, place: Place, threads: int) -> str:
-    """In a process of its own."""
+def work_on(job: Central | Learn | Deploy, place: Place) -> str:
+    """In a process of its own, of one thread."""
     import logging
 
     keep_large_buffers()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     job.run(place)
