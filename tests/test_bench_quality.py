@@ -29,7 +29,7 @@ def shared(tmp_path):
     (tmp_path / "shared" / "data" / "squad").mkdir()
     words = "the film was good and the plot was dull but acting great bad fine warm cold . ,".split()
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 40), ("validation", 10)):
+    for split, count in (("train", 230), ("validation", 10)):
         passages = [" ".join(words[i] for i in torch.randint(len(words), (300,), generator=generator))
                     for _ in range(count)]  # fmt: skip
         lines = [json.dumps({"context": passage}) for passage in passages for _ in range(2)]
@@ -114,15 +114,17 @@ def test_a_whole_job_in_processes_of_its_own_and_no_run_twice(shared, tmp_path):
         assert row["p50"] == pytest.approx(row["curve"][-1][1], abs=1e-4) and "prior_loss" in row
         assert row["learned_on"] == (["squad-text"] if row["provider"] == "improved" else [])
     before = len(bench_rows.read(tmp_path / "out" / "quality.jsonl"))
-    (finished,) = (tmp_path / "work" / "runs").glob("*/mezo")
-    (finished / "done.json").unlink()
-    next(finished.glob("test-*-2.json")).unlink()
-    again = subprocess.run([sys.executable, "-m", "bench", *words], cwd=ROOT, capture_output=True, text=True,
-                           check=False)  # fmt: skip
-    assert again.returncode == 0 and "mezo on tiny-sst2; 0 jobs wait" in again.stdout
-    added = bench_rows.read(tmp_path / "out" / "quality.jsonl")[before:]
-    assert [row["seed"] for row in added if row["metric"] == "test_loss"] == [2]
-    assert not [row for row in added if row["metric"] == "dev_loss"]
+    job = Deploy(Cell(str(shared / "models" / "tiny"), "sst2", 16), "mezo")
+    place = Place(shared, tmp_path / "work", tmp_path / "out", quick=True)
+    assert job.left(place) == 0
+    job.result(place).unlink()
+    next(job.folder(place).glob("test-*-2.json")).unlink()
+    assert job.left(place) == 1
+    job.run(place)
+    (added,) = bench_rows.read(tmp_path / "out" / "quality.jsonl")[before:]
+    assert (added["metric"], added["seed"]) == ("test_loss", 2) and job.left(place) == 0
+    (first,) = (row for row in rows if (row["provider"], row["seed"]) == ("mezo", 2))
+    assert added["curve"] == first["curve"] and added["lr"] == first["lr"]
 
 
 @pytest.mark.parametrize(
@@ -193,15 +195,15 @@ def test_the_table_and_the_picture(tmp_path):
     assert not draw(rows[:3], tmp_path / "none.png") and not (tmp_path / "none.png").exists()
 
 
-def test_a_base_is_pretrained_within_its_time(tmp_path, capsys):
+def test_a_base_is_pretrained_and_loads(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The film number {i} was good, and the plot of it was not dull." for i in range(600)))
     out = tmp_path / "base"
-    words = ["quality", "--pretrain", str(text), "--out-model", str(out), "--minutes", "0.04", "--size", "tiny",
-             "--pretrain-batch", "4"]  # fmt: skip
+    words = ["quality", "--pretrain", str(text), "--out-model", str(out), "--steps", "60", "--size", "tiny",
+             "--pretrain-batch", "4", "--pretrain-lr", "0.01"]  # fmt: skip
     assert main(words) == 0
     facts = json.loads((out / "pretrain.json").read_text())
-    assert facts["steps"] > 10 and facts["held_out_loss"] < facts["curve"][0][1] - 0.5
+    assert facts["steps"] == 60 and facts["held_out_loss"] < facts["curve"][0][1] - 0.5
     from zo_finetuner.loading import load_model
 
     model, tokenizer = load_model(str(out), "float32")

@@ -27,7 +27,7 @@ from zo_finetuner.optim import Method
 
 POINTS = 8  # of a run where held-out rows are evaluated, besides the start
 LOST = 1e3  # the loss of a run that left the finite numbers: a row holds finite ones
-ADAM_POINTS, ADAM_STEPS = 10, 100
+ADAM_POINTS, ADAM_STEPS = 5, 100
 
 
 @dataclass

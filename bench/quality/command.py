@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", action="append", default=[], help="folder of a model; default: the small ones of --shared")
     add("--task", action="append", default=[], help="only these deployments (sst2, copa, squad-text, ...)")
     add("--provider", action="append", default=[], help="only these methods; any optimizer of the library")
-    add("--steps", type=int, help="steps per run, instead of each cell's own")
+    add("--steps", type=int, help="steps per run, instead of each cell's own; of --pretrain, instead of minutes")
     add("--ablations", action="store_true", help="also: several learning sets, one scale per layer, no normalisation")
     add("--workers", type=int, help="processes (default: 2, on a GPU 1)")
     add("--budget", type=float, metavar="MINUTES", help="no job is begun after these")
@@ -166,7 +166,8 @@ def _print_plan(jobs: list[Job], place: Place, workers: int) -> None:
             print(f"{job.name:<83}{minutes:>8.1f}")
     rates, seeds = len(place.multiples), len(place.seeds)
     print(f"each method and cell: {rates} rates on dev rows, 1 seed, then {seeds} fresh seeds on held-out rows; "
-          f"Adam {len(ADAM_RATES)} rates; batch {BATCH}, of text {TEXT_BATCH}; eps {EPS}; no ZO run where Adam learns nothing")
+          f"Adam {len(ADAM_RATES)} rates; batch {BATCH}, of text {TEXT_BATCH}; eps {EPS}; no other run where "
+          "Adam learns nothing")
     print(f"about {total / workers:.0f} minutes with {workers} processes", flush=True)
 
 

@@ -113,8 +113,8 @@ def _model(hidden: int, layers: int, heads: int, feed_forward: int, tokenizer: A
 def _train(
     model: nn.Module, ids: Tensor, context: int, arguments: argparse.Namespace, device: torch.device
 ) -> tuple[list[list[float]], int]:
-    """Random windows until the time is over: the schedule follows the clock.  Returns [step, loss] now and then, and
-    the number of steps."""
+    """Random windows until the time is over (the schedule follows the clock), or for the steps asked for.  Returns
+    [step, loss] now and then, and the number of steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -127,7 +127,10 @@ def _train(
     bar = tqdm(total=round(limit), unit="s", desc="pretrain")
     model.train()
     while True:
-        place = 0.0 if started is None else (time.perf_counter() - started) / limit
+        if arguments.steps:
+            place = step / arguments.steps
+        else:
+            place = 0.0 if started is None else (time.perf_counter() - started) / limit
         if place >= 1:
             break
         warm = min(1.0, (place + 1e-3) / WARM_UP)
