@@ -100,7 +100,8 @@ case $suite in
     if [ -f "$base/pretrain.json" ]; then # the last job to begin has two minutes
       options+=(--model "$base" --budget "$((left > 150 ? (left - 120) / 60 : 1))")
     else # two minutes for reading, tokenizing and compiling
-      options=(--pretrain "$data/corpus" --out-model "$base" --minutes "$((left > 240 ? (left - 120) / 60 : 1))")
+      minutes=$(((left - 120) / 60))
+      options=(--pretrain "$data/corpus" --out-model "$base" --minutes $((minutes < 1 ? 1 : minutes > 5 ? 5 : minutes)))
     fi
     ;;
 esac

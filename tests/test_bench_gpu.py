@@ -17,7 +17,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 PYTHON = """#!/bin/bash
 echo "python $*" >>"$CALLS"
 case "$*" in
-  "-m bench --list") printf '%s\\n' kernels report ;;
+  "-m bench --list") printf '%s\\n' kernels quality report ;;
   *cuda.is_available*) exit "${NO_GPU:-0}" ;;
   "-c import xdist") exit 1 ;;
   "-m pybind11 --cmakedir") echo /pybind11 ;;
@@ -25,6 +25,9 @@ case "$*" in
   "-m bench kernels"*)
     echo "{}" >>"$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<<"$*")/kernels.jsonl"
     echo measured; exit "${BENCH:-0}" ;;
+  "-m bench quality"*--pretrain*)
+    base=$(sed 's/.*--out-model \\([^ ]*\\).*/\\1/' <<<"$*")
+    mkdir -p "$base" && touch "$base/pretrain.json" ;;
 esac
 """
 
@@ -90,6 +93,18 @@ def test_a_suite_builds_tests_and_measures(suite, tmp_path):
     assert budget[1] == str(tmp_path / "out") and 480 < int(budget[2]) <= 505
     for name in ("environment.txt", "build.log", "tests.log", "bench.log", "kernels.jsonl"):
         assert (tmp_path / "out" / name).is_file()
+
+
+def test_quality_pretrains_a_base_and_measures_on_it_in_the_next_call(suite, tmp_path):
+    (tmp_path / "data").mkdir()
+    variables = {"ZO_DATA": str(tmp_path / "data"), "ZO_BASE": str(tmp_path / "base")}
+    options = rf"-m bench quality --device cuda --out {tmp_path}/out"
+    status, output, calls = suite("quality", "out", **variables)
+    assert status == 0 and output.endswith("all parts ok\n")
+    assert re.search(rf"{options} --pretrain {tmp_path}/data/corpus --out-model {tmp_path}/base --minutes 5\n", calls)
+    status, output, calls = suite("quality", "out", **variables)
+    used = re.search(rf"{options} --shared {tmp_path}/data --model {tmp_path}/base --budget (\d+)\n", calls)
+    assert status == 0 and 5 <= int(used[1]) <= 7 and calls.count("--pretrain") == 1
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_running(suite):
