@@ -98,7 +98,7 @@ case $suite in
   kernels) options+=(--budget $((left - 30))) ;;
   quality)
     if [ -f "$base/pretrain.json" ]; then # the last job to begin has two minutes
-      options+=(--model "$base" --budget "$((left > 150 ? (left - 120) / 60 : 1))")
+      options+=(--model "$base" --workers 4 --budget "$((left > 150 ? (left - 120) / 60 : 1))")
     else # two minutes for reading, tokenizing and compiling
       minutes=$(((left - 120) / 60))
       options=(--pretrain "$data/corpus" --out-model "$base" --minutes $((minutes < 1 ? 1 : minutes > 5 ? 5 : minutes)))

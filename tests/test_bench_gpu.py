@@ -103,7 +103,7 @@ def test_quality_pretrains_a_base_and_measures_on_it_in_the_next_call(suite, tmp
     assert status == 0 and output.endswith("all parts ok\n")
     assert re.search(rf"{options} --pretrain {tmp_path}/data/corpus --out-model {tmp_path}/base --minutes 5\n", calls)
     status, output, calls = suite("quality", "out", **variables)
-    used = re.search(rf"{options} --shared {tmp_path}/data --model {tmp_path}/base --budget (\d+)\n", calls)
+    used = re.search(rf"{options} --shared {tmp_path}/data --model {tmp_path}/base --workers 4 --budget (\d+)\n", calls)
     assert status == 0 and 5 <= int(used[1]) <= 7 and calls.count("--pretrain") == 1
 
 

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for the processes of the jobs
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        print("quality: torch sees no CUDA device; --device cpu measures this machine")
+        return 1
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if arguments.pretrain:
