@@ -33,7 +33,7 @@ ADAM_POINTS, ADAM_STEPS = 5, 100
 @dataclass
 class Run:
     """curve: (forwards, loss on the rows asked for); accuracy of the last point; diverged: it was stopped early, or
-    worse than at the start by half and .5."""
+    ended worse than at the start by a tenth and .3."""
 
     curve: list[tuple[int, float]]
     accuracy: float | None
@@ -151,7 +151,7 @@ class Bed:
 
     def _diverged(self, loss: float) -> bool:
         first = next(iter(self._first.values()))[0]
-        return not math.isfinite(loss) or loss > 1.5 * first + 0.5
+        return not math.isfinite(loss) or loss > 1.1 * first + 0.3
 
 
 def _finite(loss: float) -> float:

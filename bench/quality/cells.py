@@ -31,7 +31,7 @@ SEVERAL = ("squad-text", "sst2", "copa")  # the ablation's sets, without the cel
 #: Steps per deployment: the default grid takes about an hour on two cores of one's own.  Most telling cells first.
 GRID = {
     "stories260k-llama": {"film-text": 300, "copa": 150, "sst2": 200, "squad-text": 300, "drop-text": 300, "wic": 150},
-    "imdb-llama-6m": {"squad-text": 100, "sst2": 160, "copa": 100},
+    "imdb-llama-6m": {"sst2": 100, "copa": 100, "squad-text": 400},
 }
 OTHER = {"squad-text": 400, "sst2": 400, "copa": 400, "drop-text": 400, "wic": 400}
 QUICK = {"stories260k-llama": {"film-text": 100, "squad-text": 100}}
