@@ -5,10 +5,12 @@
 #
 # OUT gets environment.txt, build.log, tests.log, bench.log and the rows, each written when it is measured; of kernels,
 # if there is time, a profile and its trace.json; of step a trace.json, and besides whole steps of 1B, 8B and 30B models
-# a 30B run through `zo train` (train.log) and the host memory of loading 1B from disk (loading.log).  Ends within 9
-# minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part failed, 2 when it could
-# not begin.
+# a 30B run through `zo train` (train.log) and the host memory of loading 1B from disk (loading.log).  `quality` takes
+# several calls: the first one pretrains a base, those after it learn and deploy on it, each going on where the last one
+# ended.  Ends within 9 minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part
+# failed, 2 when it could not begin.
 #   ZO_DATA     folder of models and data sets       (default: ../shared)
+#   ZO_BASE     the base model of `quality`          (default: runs/base)
 #   ZO_COMMIT   `git describe --always --dirty` of the origin, where this is a copy and no checkout
 #   PYTHON      the interpreter that has torch       (default: python3)
 set -uo pipefail
@@ -95,12 +97,23 @@ part tests $TEST_LIMIT tests.log "$python" -m pytest -q -p no:cacheprovider -k "
 tail -n 1 "$out/tests.log"
 
 left=$((LIMIT - SECONDS))
-if [ "$suite" = kernels ]; then options+=(--budget $((left - 30))); fi
-if [ "$suite" = step ]; then
-  # Two fifths of the time are for zo train and for loading; a case begun at the end of its budget may take 30 s more.
-  left=$((left * 3 / 5))
-  options+=(--model-like llama-1b llama-8b opt-30b --tokens 4096 --trace "$out/trace.json" --budget $((left - 30)))
-fi
+base=${ZO_BASE:-runs/base}
+case $suite in
+  kernels) options+=(--budget $((left - 30))) ;;
+  step)
+    # Two fifths of the time are for zo train and for loading; a case begun at the end of its budget may take 30 s more.
+    left=$((left * 3 / 5))
+    options+=(--model-like llama-1b llama-8b opt-30b --tokens 4096 --trace "$out/trace.json" --budget $((left - 30)))
+    ;;
+  quality)
+    if [ -f "$base/pretrain.json" ]; then # the last job to begin has two minutes
+      options+=(--model "$base" --workers 4 --budget "$((left > 150 ? (left - 120) / 60 : 1))")
+    else # two minutes for reading, tokenizing and compiling
+      minutes=$(((left - 120) / 60))
+      options=(--pretrain "$data/corpus" --out-model "$base" --minutes $((minutes < 1 ? 1 : minutes > 5 ? 5 : minutes)))
+    fi
+    ;;
+esac
 part bench $left bench.log "$python" -m bench "$suite" --device cuda --out "$out" ${options[@]+"${options[@]}"}
 tail -n 25 "$out/bench.log"
 left=$((LIMIT - SECONDS))

@@ -1,4 +1,4 @@
-"""`python -m bench report`: the newest row of each key -> the README's tables, results/kernels.png and step.png.
+"""`python -m bench report`: the newest row of each key -> the README's tables, and the pictures in results.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` (NAMEs: `TABLES`), and is replaced as a
 whole; what has no markers is not written.
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import tables
+from bench.quality import picture as quality_picture
+from bench.quality.verdict import table as quality
 from bench.rows import newest, read
 from bench.step_tables import step
 from bench.tables import Row
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance,
+    "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance, "quality": quality,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     picture.draw(rows, arguments.results / "kernels.png")
     step_picture.draw(rows, arguments.results / "step.png")
+    quality_picture.draw(rows, arguments.results / "quality.png")
     state = "written" if before != after else "as it was"
-    print(f"{arguments.readme}: {state}; kernels.png and step.png in {arguments.results}")
+    print(f"{arguments.readme}: {state}; kernels.png, step.png and quality.png in {arguments.results}")
     return 0

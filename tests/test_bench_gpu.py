@@ -25,6 +25,9 @@ case "$*" in
   "-m bench kernels"*)
     echo "{}" >>"$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<<"$*")/kernels.jsonl"
     echo measured; exit "${BENCH:-0}" ;;
+  "-m bench quality"*--pretrain*)
+    base=$(sed 's/.*--out-model \\([^ ]*\\).*/\\1/' <<<"$*")
+    mkdir -p "$base" && touch "$base/pretrain.json" ;;
   "-m bench "*) exit "${BENCH:-0}" ;;
 esac
 """
@@ -103,6 +106,18 @@ def test_the_step_suite_measures_steps_then_zo_train_then_loading(suite, tmp_pat
     train = re.search(rf"-m bench train {where} --budget (\d+)\n", calls)
     assert 270 < int(step[1]) <= 291 and 200 < int(train[1]) <= 247  # of 535 s, parts that take no time
     assert calls.endswith(f"-m bench loading {where}\n") and "tests/test_bench_step.py" in calls
+
+
+def test_quality_pretrains_a_base_and_measures_on_it_in_the_next_call(suite, tmp_path):
+    (tmp_path / "data").mkdir()
+    variables = {"ZO_DATA": str(tmp_path / "data"), "ZO_BASE": str(tmp_path / "base")}
+    options = rf"-m bench quality --device cuda --out {tmp_path}/out"
+    status, output, calls = suite("quality", "out", CASES="quality", **variables)
+    assert status == 0 and output.endswith("all parts ok\n")
+    assert re.search(rf"{options} --pretrain {tmp_path}/data/corpus --out-model {tmp_path}/base --minutes 5\n", calls)
+    status, output, calls = suite("quality", "out", CASES="quality", **variables)
+    used = re.search(rf"{options} --shared {tmp_path}/data --model {tmp_path}/base --workers 4 --budget (\d+)\n", calls)
+    assert status == 0 and 5 <= int(used[1]) <= 7 and calls.count("--pretrain") == 1
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_running(suite):
