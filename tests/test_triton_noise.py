@@ -22,7 +22,7 @@ FAR = 2**31 + 5000  # elements, beyond what an int32 counts
 
 
 def test_the_backends_have_the_same_functions(interpreted):
-    for name in ("words", "noise", "axpy_", "scratch", "update_scratch_", "dot_noise", "block_stats"):
+    for name in ("words", "noise", "axpy_", "update_state_", "scratch", "update_scratch_", "dot_noise", "block_stats"):
         assert inspect.signature(getattr(interpreted, name)) == inspect.signature(getattr(reference, name))
 
 

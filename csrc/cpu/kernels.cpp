@@ -7,7 +7,7 @@
 // CMake compiles this file once per instruction set, with ZO_ISA naming the result; ops.cpp chooses at run time.  Only
 // exactly rounded operations (+, -, *, /, sqrt, explicit fma), no contraction and no reassociation, so all copies give
 // the same bits (tests/test_cpu_kernels.py compares them).  A tensor is walked in pieces (moments.h) of tiles
-// (direction.h), whose arrays stay in L1 (20 KB).
+// (direction.h), whose arrays stay in L1 (22 KB).
 //
 // Everything but the table at the end has internal linkage, and nothing of the C++ library is called: see ZO_INLINE.
 #include "stages.h"
@@ -111,7 +111,8 @@ void pass(const Pass& pass) {
     pass_as<Float16>(pass);
 }
 
-void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist, uint32_t stream) {
+void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist,
+           uint32_t stream) {
   alignas(64) float z[TILE];
   for_tiles(first, count, [&](const Tile& tile) {
     make_direction(tile.first, seed, tensor_id, stream, dist, tile.runs, z);
