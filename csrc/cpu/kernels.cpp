@@ -50,11 +50,15 @@ void pass_as(const Pass& pass) {
     open_form(update.form, tile, at, acc, aside);
     if (update.decay) multiply(*update.decay, tile.runs, acc);
     if (load_mean(update.form, tile, at, z)) multiply_add(update.form.value, z, tile.runs, acc);
+    // Weights probed in place come back and are updated along one z: it is drawn once.
+    const auto next = [&](int64_t k) {
+      if (k == 0 || update.seeds[k] != update.seeds[k - 1]) draw(tile, update.seeds[k], update.form);
+    };
     for (int64_t k = 0; k < last; ++k) {
-      draw(tile, update.seeds[k], update.form);
+      next(k);
       multiply_add(update.steps[k], z, tile.runs, acc);
     }
-    draw(tile, update.seeds[last], update.form);
+    next(last);
     store<T>(tile, update.steps[last], z, acc, draw_bits(tile, update.rounding_seed), theta + at);
     if (pass.moments || pass.displace.out) read(tile, theta + at);
   };
