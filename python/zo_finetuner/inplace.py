@@ -18,6 +18,7 @@ class InPlaceProbing:
     probes and the update cost three passes over the weights (MeZO's order: four)."""
 
     mode = "inplace"
+    settled, grown = True, 0  # there is no scratch
 
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.blocks = blocks
