@@ -6,7 +6,9 @@
     apply     theta = round(decay * theta + sum coef * scale * z), one pass             zo_kernels
 
 `begin`, `compute`, `end`: what the host does before, what the device does (and a CUDA graph may repeat, `graphs.py`),
-what the host does after.  The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
+what the host does after.
+
+The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
 and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
 the device (coefficient 0, no decay), counted, and reported at the next step.
 """

@@ -5,9 +5,10 @@
     2nd time  the step is captured on copies of the inputs, which executes nothing, and then replayed
     after     inputs are copied into those copies, and the graph is replayed
 
-What changes from step to step lies in device memory at fixed addresses: learning rate and seeds (`step_inputs.py`), eps,
-what the method remembers, the rounding thresholds.  The engine writes those from outside, before a replay, and counts
-the step after it.  Python does not run in a replay: neither the model's hooks, nor the loss function, nor the method.
+What changes from step to step lies in device memory at fixed addresses: learning rate and seeds (`step_inputs.py`),
+eps, what the method remembers, the rounding thresholds.  The engine writes those from outside, before a replay, and
+counts the step after it.  Python does not run in a replay: neither the model's hooks, nor the loss function, nor the
+method.
 
 Nothing is deferred: a replay ends with the update, so the weights are whole between steps, for any reader of them.
 
@@ -40,9 +41,9 @@ from zo_kernels import backend_name
 
 logger = logging.getLogger(__name__)
 
-MOST = 32  # graphs; a graph of an 8B model's step has some 5,000 nodes
+MOST = 64  # graphs; 200 batches of DROP have 55 shapes
 IDLE = 4 * MOST  # steps without a replay after which a graph makes room for another
-KNOWN = 64 * MOST  # buckets that are remembered as met
+KNOWN = 16 * MOST  # buckets that are remembered as met
 
 
 class Graph(Protocol):
@@ -231,11 +232,17 @@ def _premises(engine: Engine) -> list[tuple[str, Any]]:
     """(name, value) of what a captured step has taken from the host."""
     kind, method = engine.device.type, engine.method
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    named = {"the method": method, "weight_decay": engine.weight_decay, "eps (write it in place)": engine.eps,
-             "the scratch": engine.probing.grown, "the way pairs are evaluated": getattr(engine.probing, "reason", ""),
-             "autocast": autocast, "the backend": backend_name(kind)}  # fmt: skip
-    own = {f"the method's {name}": value for name, value in vars(method).items() if name[0] != "_" and name != "metrics"}
-    return [*named.items(), *own.items()]
+    named = {
+        "the method": method,
+        "weight_decay": engine.weight_decay,
+        "eps (write it in place)": engine.eps,
+        "the scratch": engine.probing.grown,
+        "the way pairs are evaluated": getattr(engine.probing, "reason", ""),
+        "autocast": autocast,
+        "the backend": backend_name(kind),
+    }
+    own = {name: value for name, value in vars(method).items() if name[0] != "_" and name != "metrics"}
+    return [*named.items(), *((f"the method's {name}", value) for name, value in own.items())]
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -32,7 +32,7 @@ def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
         return loss, loss.new_full((), scores.shape[0])
     loss = option_losses(model, batch).sum()
-    return loss, loss.new_full((), batch["counted"].shape[0])
+    return loss, (batch["targets"] >= 0).sum().to(loss.dtype)
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
