@@ -88,6 +88,7 @@ class EmulatedGraph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
+        EmulatedCapturer.replayed += 1
         for func, args, kwargs, made in self.notes:
             results = func(*args, **kwargs)
             for target, result in zip(made or (), tensors(results), strict=made is not None):
@@ -97,9 +98,9 @@ class EmulatedGraph(TorchDispatchMode):
 
 
 class EmulatedCapturer:
-    """For `graphs.GraphedSteps`.  capturing: while a capture is under way."""
+    """For `graphs.GraphedSteps`.  replayed: how often any graph was."""
 
-    bytes = 0
+    bytes = replayed = 0
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[EmulatedGraph, Tensor]:
         graph, asked = EmulatedGraph(), torch.cuda.is_current_stream_capturing

@@ -114,7 +114,7 @@ def test_a_wait_in_the_loss_is_found_before_a_capture_is_begun():
 
 
 def test_a_capture_that_fails_falls_back_to_eager_steps():
-    """`.data_ptr()`-free, but a stream that is captured may not be waited for, and no operator tells of it."""
+    """A captured stream may not be waited for, and no operator tells of such a wait beforehand."""
     run, eager = Run("mezo", "inplace", torch.float32, True), Run("mezo", "inplace", torch.float32, False)
     own = run.loss_of
 

@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--optimizer", default="mezo")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
+    plan.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="count what CUDA graphs of steps hold "
+                      "(default: as zo train makes them, on a GPU)")
     plan.add_argument("--device", help="cpu, or a GPU by name (default: the one here, else all that are known)")
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="a device of so much memory")
     plan.add_argument("--json", action="store_true", help="print the numbers as JSON (bytes, seconds)")
@@ -146,7 +148,10 @@ def _plan(arguments: dict[str, Any]) -> None:
     from zo_finetuner.plan_report import as_json, report
 
     asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype")
-    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked})
+    graphs = arguments["graphs"]
+    if graphs is None:
+        graphs = (arguments["device"] or "").casefold() != "cpu"
+    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked}, graphs=graphs)
     devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
     print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 

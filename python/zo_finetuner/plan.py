@@ -52,6 +52,8 @@ class Memory:
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch
+    pool         what graphs of whole steps hold all the time: what a step of the largest bucket needs; the first step
+                 of a bucket is eager and takes its own beside it.  0 without graphs
     """
 
     weights: int
@@ -65,11 +67,12 @@ class Memory:
     moments: int
     kept: int
     inference: int
+    pool: int
 
     @property
     def peak(self) -> int:
         later = self.scratch + max(self.activations, self.logits)
-        return self.weights + self.method + self.tables + max(later, self.first)
+        return self.weights + self.method + self.tables + max(later + self.pool, self.first)
 
     @property
     def ratio(self) -> float:
@@ -129,11 +132,13 @@ def make_plan(
     optimizer: str = "mezo",
     probing: str = "auto",
     dtype: str = "auto",
+    graphs: bool = False,
 ) -> Plan:
     """Predict one step of `source`, a folder with a config.json or a Hub id (of which the config alone is fetched).
 
     batch: rows; seq: tokens of each that are fed, rounded up as `collate` does.  option_tokens: of an answer; default 1
-    in classification (one prompt pass scores all candidates), else 16.  Raises InputError."""
+    in classification (one prompt pass scores all candidates), else 16.  graphs: whether steps are captured into CUDA
+    graphs.  Raises InputError."""
     check_method(optimizer)
     if probing not in MODES:
         raise InputError(f'unknown probing "{probing}"{nearest(probing, MODES)}; there are: {", ".join(MODES)}')
@@ -149,7 +154,7 @@ def make_plan(
         probing = "inplace" if kind == torch.float32 else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)
     try:
-        memory, work, largest = _predict(model, blocks, rows, optimizer, probing)
+        memory, work, largest = _predict(model, blocks, rows, optimizer, probing, graphs)
     except InputError:
         raise
     except Exception as error:  # code of a model that needs values where there are only shapes fails in its own way
@@ -211,13 +216,14 @@ def planned_rows(task: str, batch: int, seq: int, option_tokens: int | None = No
 
 
 def _predict(
-    model: nn.Module, blocks: Blocks, rows: list[Encoded], optimizer: str, probing: str
+    model: nn.Module, blocks: Blocks, rows: list[Encoded], optimizer: str, probing: str, graphs: bool
 ) -> tuple[Memory, Work, str]:
     numel, size = sum(blocks.numels), blocks.tensors[0].element_size()
     learned = optimizer == ZOFineTuner.name
     nets = PertNN.fresh(blocks.names) if learned else None
     method = make_method(optimizer, model, batch_size=len(rows), pertnn=nets)
-    data = collate(rows, pad_id=0, packed="position_ids" in forward_accepts(model))  # others cannot tell rows apart
+    packed = "position_ids" in forward_accepts(model)  # others cannot tell rows apart
+    data = collate(rows, pad_id=0, packed=packed, few_shapes=graphs)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
@@ -249,6 +255,7 @@ def _predict(
         moments=numel * (8 if size == 4 else 12),
         kept=trace_loss(model, batch, gradients=True).kept,
         inference=held + once.peak,
+        pool=max(cost.body, cost.logits) if graphs else 0,
     )
     return memory, work, largest
 
