@@ -110,7 +110,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "probing", "dtype", "decay"), CASES, ids=str)
 def test_replays_have_the_bits_of_eager_steps(method, probing, dtype, decay):
-    """Eight steps on two buckets in turn, the rate changing, one loss that is not finite, weights read in between."""
+    """Eight steps on two buckets in turn, the rate changing, one loss that is not finite; all is compared after each."""
     eager = Run(method, probing, dtype, graphed=False, weight_decay=decay)
     graphed = Run(method, probing, dtype, weight_decay=decay)
     start = eager.weights()
@@ -119,8 +119,7 @@ def test_replays_have_the_bits_of_eager_steps(method, probing, dtype, decay):
             inputs["weight"].fill_(math.nan)
         for run in (eager, graphed):
             run.step(inputs, lr=1e-2 / (1 + i))
-        if i in (2, 5, 6, 7):
-            same(eager, graphed)
+        same(eager, graphed)
     assert not graphed.graphs.reason
     assert graphed.graphs.captures == 2 and graphed.graphs.replays >= 3
     assert int(eager.engine.skipped) == 1
