@@ -81,7 +81,7 @@ class EmulatedGraph(TorchDispatchMode):
             whole.copy_(bytes_before)
         self.before.clear()
         own = {id(t) for _, args, kwargs, made in self.notes for t in tensors([*args, *kwargs.values(), made])}
-        held = {place(o) for o in gc.get_objects() if issubclass(type(o), Tensor) and id(o) not in own}
+        held = {place(o) for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter) and id(o) not in own}
         self.free = [t for at, t in self.pool.items() if at not in held]
         for tensor in self.pool.values():
             spoil(tensor)

@@ -110,7 +110,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "probing", "dtype", "decay"), CASES, ids=str)
 def test_replays_have_the_bits_of_eager_steps(method, probing, dtype, decay):
-    """Eight steps on two buckets in turn, the rate changing, one loss that is not finite; all is compared after each."""
+    """Eight steps on two buckets in turn, the rate changing, one loss not finite; all is compared after each."""
     eager = Run(method, probing, dtype, graphed=False, weight_decay=decay)
     graphed = Run(method, probing, dtype, weight_decay=decay)
     start = eager.weights()

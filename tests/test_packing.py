@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import AutoTokenizer, masking_utils
 
+from zo_finetuner import slices
 from zo_finetuner.data import load_splits
 from zo_finetuner.encoding import collate, encode_rows
 from zo_finetuner.isolation import can_pack
@@ -353,12 +354,18 @@ def test_batches_of_real_rows_have_few_shapes_and_little_padding(shared, name, m
     assert rest / sum(batch["input_ids"].numel() for batch in fed) <= padding
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", [SINGLE, SEVERAL, ANSWERS], ids=["single", "several", "answers"])
-def test_few_shapes_have_the_same_loss(kind, packed):
-    model = make("Llama")
+def test_few_shapes_have_the_same_loss(kind, packed, sliced, monkeypatch):
+    """Also where the head is read in slices of its rows."""
+    if sliced:
+        monkeypatch.setattr(slices, "LEAST", 0)
+    model = make("Llama", intermediate_size=32)
+    assert bool(slices.slicing(model).rows) == sliced
     exact, padded = (collate(kind, 0, packed=packed, few_shapes=few) for few in (False, True))
-    (loss, weight), (same, count) = (training_loss(model, batch) for batch in (exact, padded))
+    with torch.no_grad():
+        (loss, weight), (same, count) = (training_loss(model, batch) for batch in (exact, padded))
     assert count == weight and same.item() == pytest.approx(loss.item(), rel=2e-6)
     assert padded["chosen"].numel() > exact["chosen"].numel() and padded["places"].shape[1] == 32
 

@@ -15,15 +15,15 @@ the device (coefficient 0, no decay), counted, and reported at the next step.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.autocast import casts_not_kept
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.params import trainable_blocks
@@ -108,6 +108,7 @@ class Engine:
             self.probing.measure()
 
     @torch.no_grad()
+    @casts_not_kept()
     def compute(self, loss_fn: LossFn, captured: bool = False) -> Tensor:
         """What the device does in a step; returns its loss.  captured: into a CUDA graph, which has no step number."""
         training = self.model.training
@@ -155,7 +156,7 @@ class Engine:
         )
 
     def _evaluate(self, probe: Probe, following: Probe | None, loss_fn: LossFn) -> Tensor:
-        with phase("probe"), self.probing.at(probe, following), phase("forward"), _fresh_casts():
+        with phase("probe"), self.probing.at(probe, following), phase("forward"):
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
@@ -216,18 +217,6 @@ class Engine:
         self._told = int(self._skipped_host)
         self.probing.load_state_dict(state["probing"])
         self.method.load_state_dict(state["method_state"])
-
-
-@contextlib.contextmanager
-def _fresh_casts() -> Iterator[None]:
-    """Within it autocast casts a weight anew whenever it is used.  Its cache knows a weight by its tensor object, which
-    stays when a probe changes what is in it: both probes would see the weights of the first, and g would be 0."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
 
 
 def _brief(value: Any) -> str:

@@ -169,7 +169,8 @@ def lay_out(
     trunks, branches (N, T)  only where a row holds more than one sequence: the number in its row of the branch that a
                      token is on and of the trunk this grows from (a trunk is its own branch), -1 for padding
 
-    few_shapes: T is of the grid, K a power of two, 32 at least, and M one too or 8 a document; chosen ends in zeros.
+    few_shapes: T is of the grid, K a power of two, 32 at least, and M one too or 8 a document; chosen ends in the last
+    place of the first row, which is no label's.
     """
     tokens, positions, trunks, branches = ([[] for _ in rows] for _ in range(4))
     starts = {}
@@ -192,10 +193,10 @@ def lay_out(
         places[r].append(start + documents[document].offset(path, position))
     width = max(map(len, places))
     if few_shapes:
-        width = power_of_two(width, 32)
+        width = power_of_two(width + 1, 32)
     chosen = [r * width + column for r, column in found]
     if few_shapes:
-        chosen += [0] * (power_of_two(len(chosen), 8 * len(documents)) - len(chosen))
+        chosen += [width - 1] * (power_of_two(len(chosen), 8 * len(documents)) - len(chosen))
     longest = max(map(len, tokens))
     length = _on_grid(longest, multiple_of) if few_shapes else _round_up(longest, multiple_of)
     batch = {

@@ -20,6 +20,7 @@ from torch import nn
 from zo_finetuner.inplace import InPlaceProbing
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
+from zo_finetuner.slices import slicing
 from zo_kernels import Blocks
 
 PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceProbing)}
@@ -33,4 +34,5 @@ def make_probing(mode: str, model: nn.Module, blocks: Blocks) -> InPlaceProbing 
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
     if mode == "auto":
         mode = "scratch" if any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
+    slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
     return PROBINGS[mode](model, blocks)
