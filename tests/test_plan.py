@@ -253,7 +253,7 @@ def test_the_verdict_comes_first_and_the_json_holds_the_same_numbers(folder, cap
     flags = ["plan", "--model", str(folder), "--batch", "4", "--seq", "16"]
     assert main([*flags, "--device", "H200"]) == 0
     text = capsys.readouterr().out
-    plan = make_plan(str(folder), batch=4, seq=16)
+    plan = make_plan(str(folder), batch=4, seq=16, graphs=True)  # as zo train runs on a GPU
     devices = plan_devices(plan, "h200")
     assert text == report(plan, devices) + "\n"
     assert text.splitlines()[0] == verdict(plan, devices)
@@ -273,6 +273,17 @@ def test_the_verdict_comes_first_and_the_json_holds_the_same_numbers(folder, cap
         assert main(flags) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith(", ".join(device.name for device in GPUS))
+
+
+def test_graphs_hold_what_a_step_takes(folder, capsys):
+    """Beside the eager first step of a shape, which takes as much outside their pool."""
+    m = make_plan(str(folder), batch=4, seq=16, dtype="bfloat16", graphs=True).memory
+    assert m.pool == max(m.activations, m.logits) > 0
+    later = m.scratch + 2 * m.pool
+    assert m.peak == m.weights + m.method + m.tables + max(later, m.first)
+    for flags, counted in ((["--device", "cpu"], False), (["--no-graphs"], False), (["--device", "h100"], True)):
+        assert main(["plan", "--model", str(folder), "--batch", "4", "--seq", "16", "--json", *flags]) == 0
+        assert (json.loads(capsys.readouterr().out)["memory"]["pool"] > 0) == counted
 
 
 BAD = [

@@ -16,6 +16,8 @@ from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
 
+GRAPHS = ("auto", "always", "never")  # auto: on a GPU (no "on" and "off", which YAML takes for true and false)
+
 
 def _option(default: Any, help: str) -> Any:
     if isinstance(default, dict):
@@ -49,6 +51,7 @@ class RunConfig:
     probing: str = _option(
         "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
     )
+    graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
     lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
@@ -87,7 +90,7 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        for name, choices in (("probing", MODES), ("dtype", DTYPES)):
+        for name, choices in (("probing", MODES), ("graphs", GRAPHS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')

@@ -21,6 +21,7 @@ class InPlaceProbing:
     one and the way to the next are one pass of two directions."""
 
     mode = "inplace"
+    settled, grown = True, 0  # there is no scratch
 
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.blocks = blocks

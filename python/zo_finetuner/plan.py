@@ -53,6 +53,8 @@ class Memory:
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch
+    pool         what graphs of whole steps hold all the time: what a step of the largest bucket needs; the first step
+                 of a bucket is eager and takes its own beside it.  0 without graphs
     """
 
     weights: int
@@ -66,11 +68,12 @@ class Memory:
     moments: int
     kept: int
     inference: int
+    pool: int
 
     @property
     def peak(self) -> int:
         later = self.scratch + max(self.activations, self.logits)
-        return self.weights + self.method + self.tables + max(later, self.first)
+        return self.weights + self.method + self.tables + max(later + self.pool, self.first)
 
     @property
     def ratio(self) -> float:
@@ -131,11 +134,13 @@ def make_plan(
     probing: str = "auto",
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    graphs: bool = False,
 ) -> Plan:
     """Predict one step of `source`, a folder with a config.json or a Hub id (of which the config alone is fetched).
 
     batch: rows; seq: tokens of each that are fed, rounded up as `collate` does.  option_tokens: of an answer; default 1
-    in classification (one prompt pass scores all candidates), else 16.  Raises InputError."""
+    in classification (one prompt pass scores all candidates), else 16.  graphs: whether steps are captured into CUDA
+    graphs.  Raises InputError."""
     check_method(optimizer, settings=settings)
     if probing not in MODES:
         raise InputError(f'unknown probing "{probing}"{nearest(probing, MODES)}; there are: {", ".join(MODES)}')
@@ -153,7 +158,7 @@ def make_plan(
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)
     try:
-        memory, work, largest = _predict(model, blocks, rows, method, probing)
+        memory, work, largest = _predict(model, blocks, rows, method, probing, graphs)
     except InputError:
         raise
     except Exception as error:  # code of a model that needs values where there are only shapes fails in its own way
@@ -225,11 +230,12 @@ def _method(
 
 
 def _predict(
-    model: nn.Module, blocks: Blocks, rows: list[Encoded], method: Method, probing: str
+    model: nn.Module, blocks: Blocks, rows: list[Encoded], method: Method, probing: str, graphs: bool
 ) -> tuple[Memory, Work, str]:
     numel, size = sum(blocks.numels), blocks.tensors[0].element_size()
     learned = isinstance(method.scales, Learned)
-    data = collate(rows, pad_id=0, packed="position_ids" in forward_accepts(model))  # others cannot tell rows apart
+    packed = "position_ids" in forward_accepts(model)  # others cannot tell rows apart
+    data = collate(rows, pad_id=0, packed=packed, few_shapes=graphs)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
@@ -275,6 +281,7 @@ def _predict(
         moments=numel * (8 if size == 4 else 12),
         kept=trace_loss(model, batch, gradients=True).kept,
         inference=held + once.peak,
+        pool=max(cost.body, cost.logits) if graphs else 0,
     )
     return memory, work, largest
 

@@ -41,6 +41,16 @@ class ScratchProbing:
         self._frames: list[Frame] = []
         self._checked = False
 
+    @property
+    def settled(self) -> bool:
+        """Whether the next step will do nothing that is done once: it could be captured into a CUDA graph."""
+        return self._checked
+
+    @property
+    def grown(self) -> int:
+        """How often the scratch has grown, that is, moved."""
+        return sum(stack.grown for stack in self._stacks.values())
+
     def measure(self) -> None:
         """Set the rounding thresholds from the weights as they are now (one read of them)."""
         largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in self.blocks.tensors]

@@ -80,11 +80,11 @@ class Update:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: number of a direction,
-    below the method's `directions` -> its seed (0-dim int64, good until the next step); block_stats: () ->
-    `zo_kernels.BlockStats` of the unperturbed weights (one read of them)."""
+    """What a method may look at.  step: number from 0, None where the step is captured into a CUDA graph; lr, eps:
+    0-dim fp32 on the device; seed: number of a direction, below the method's `directions` -> its seed (0-dim int64,
+    good until the next step); block_stats: () -> `zo_kernels.BlockStats` of the unperturbed weights (one read)."""
 
-    step: int
+    step: int | None
     lr: Tensor
     eps: Tensor
     seed: Callable[[int], Tensor]
