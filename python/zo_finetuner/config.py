@@ -31,6 +31,7 @@ class RunConfig:
     output_dir: str = _option("", "where the run goes")
     optimizer: str = _option("mezo", " or ".join(METHODS))
     pertnn: str | None = _option(None, "learned nets for zo-finetuner (.safetensors or published .pth); default: fresh")
+    transfer: bool = _option(False, "take nets or scales of another depth or width of this family, block by block")
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
@@ -78,7 +79,7 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        check_method(self.optimizer, self.pertnn or None)
+        check_method(self.optimizer, self.pertnn or None, self.transfer)
         for name, choices in (("probing", MODES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in choices:

@@ -4,6 +4,7 @@ from zo_finetuner.optim.base import Direction, Method, Probe, StepContext, Updat
 from zo_finetuner.optim.create import METHODS, check_method, make_method
 from zo_finetuner.optim.finetuner import ZOFineTuner
 from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.optim.self_calibrated import SelfCalibrated
 
 __all__ = [
     "METHODS",
@@ -11,6 +12,7 @@ __all__ = [
     "MeZO",
     "Method",
     "Probe",
+    "SelfCalibrated",
     "StepContext",
     "Update",
     "ZOFineTuner",
