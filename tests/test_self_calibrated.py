@@ -162,3 +162,64 @@ def test_groups():
 def test_it_takes_no_nets():
     with pytest.raises(InputError, match="pertnn is given, but self-calibrated has no nets"):
         make_method("self-calibrated", tiny("llama"), pertnn="x")
+
+
+def test_energies_and_costs_from_forwards_alone():
+    """loss = c.x + x.Hx / 2, H diagonal: G within 4 standard errors, T exact to fp32, the weights back, forwards."""
+    from zo_finetuner.learning.forward_only import measure_forward
+    from zo_finetuner.learning.profile import Mean
+    from zo_finetuner.learning.streaming import Weights
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj = nn.Linear(10, 8, bias=False), nn.Linear(10, 4, bias=False)
+            generator = torch.Generator().manual_seed(1)
+            self.c = [scale * torch.randn(p.shape, generator=generator).double()
+                      for scale, p in zip((1.0, 5.0), self.parameters(), strict=True)]
+
+        def forward(self):
+            parts = zip((3.0, 0.5), self.c, self.parameters(), strict=True)
+            return sum((c * p.double()).sum() + h * p.double().square().sum() / 2 for h, c, p in parts)
+
+    model, cost = Bowl(), Mean()
+    weights, rounds = Weights(model), 200
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_fn = lambda: model()  # noqa: E731
+    found = measure_forward(weights, lambda number: loss_fn, cost, forwards=5 * rounds + 4, eps=1e-2, seed=3)
+    assert found.forwards == 5 * rounds
+    slopes = [c + h * p.double() for h, c, p in zip((3.0, 0.5), model.c, before, strict=True)]
+    truth = torch.tensor([s.square().sum() for s in slopes])
+    assert ((found.energy / truth - 1).abs() < 4 * (2 / rounds) ** 0.5).all()
+    traces = torch.tensor([3.0 * 80, 0.5 * 40])
+    assert ((cost.mean - traces).abs() < 4 * cost.error).all() and (cost.error < 0.05 * traces).all()
+    assert found.trace == pytest.approx(260, rel=0.1) and found.trace_error < 5
+    assert all((p - b).abs().max() < 1e-5 for p, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(InputError, match="forwards must be at least 5 for the 2 groups of blocks here, got 4"):
+        measure_forward(weights, lambda number: loss_fn, Mean(), forwards=4, eps=1e-2, seed=3)
+
+
+def test_bytes_at_opt_30b(tmp_path):
+    """Every learned optimizer holds less than the 2 MB that the paper states for OPT-30B, in a run and on disk."""
+    from bench.shapes import shapes
+    from zo_finetuner.cards import RECIPES, Card
+    from zo_finetuner.learning.show import held_bytes
+    from zo_finetuner.pertnn import PertNN
+    from zo_finetuner.pertnn_io import save_pertnn
+    from zo_finetuner.scale_net import ScaleNet
+
+    names = [name for name, _ in shapes("opt-30b")]
+    numels = [torch.Size(shape).numel() for _, shape in shapes("opt-30b")]
+    nets = {"paper": PertNN.fresh(names), "improved": ScaleNet.fresh(names, numels),
+            "closed-form": ScaleNet.fixed(names, numels, torch.ones(len(names)), source="")}  # fmt: skip
+    held = {}
+    for recipe, net in nets.items():
+        card = Card(source="zo learn", recipe=recipe, inputs=RECIPES[recipe], sigma=(0.123456,) * len(names))
+        save_pertnn(tmp_path / "f.safetensors", net, card)
+        held[recipe] = held_bytes(net), (tmp_path / "f.safetensors").stat().st_size
+    number, labels = block_groups(names)
+    method = SelfCalibrated(torch.tensor(number), *(torch.ones(len(labels), dtype=torch.float64) for _ in range(2)))
+    held["self-calibrated"] = sum(t.nbytes for t in method.state_dict().values()), 0
+    assert held["paper"][0] == 4 * (772 * 449 + 772 + 4)
+    assert all(max(sizes) < 2_000_000 for sizes in held.values()), held
+    assert held["self-calibrated"][0] == 16 * 21 and held["improved"][0] < 100_000
