@@ -52,6 +52,9 @@ class Memory:
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch
+    learning     `zo learn` of scales on the same batch, in fp32: weights, a forward that keeps what its backward needs,
+                 9/8 of the largest gradient and a tied embedding's (`learning/streaming.py`): a bound.  Not counted: the
+                 momentum of recipe "paper".  Recipe "forward" needs no more than an fp32 step in place
     """
 
     weights: int
@@ -65,6 +68,7 @@ class Memory:
     moments: int
     kept: int
     inference: int
+    learning: int
 
     @property
     def peak(self) -> int:
@@ -219,6 +223,8 @@ def _predict(
     method = make_method(optimizer, model, batch_size=len(rows), pertnn=nets)
     data = collate(rows, pad_id=0, packed="position_ids" in forward_accepts(model))  # others cannot tell rows apart
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
+    named = len([*model.named_parameters(remove_duplicate=False)])
+    tied = max(blocks.numels) if named > len([*model.parameters()]) else 0  # of what is tied the largest, an embedding
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
     batch = {name: tensor.to("meta") for name, tensor in data.items()}
@@ -237,6 +243,8 @@ def _predict(
         work = Work(forwards, forwards * cost.flops, 2 * probed.written, forwards * cost.traffic, moved, cost.operators)
     if learned:
         work = replace(work, moved=work.moved + trained)  # statistics of all weights
+    kept = trace_loss(model, batch, gradients=True).kept
+    backward = trace_loss(model.float(), batch, gradients=True).peak
     memory = Memory(
         weights=held,
         scratch=scratch,
@@ -247,8 +255,9 @@ def _predict(
         first=first,
         gradients=trained,
         moments=numel * (8 if size == 4 else 12),
-        kept=trace_loss(model, batch, gradients=True).kept,
+        kept=kept,
         inference=held + once.peak,
+        learning=held + numel * (4 - size) + backward + 4 * (9 * max(blocks.numels) // 8 + tied),
     )
     return memory, work, largest
 
