@@ -138,8 +138,8 @@ def test_any_architecture_is_traced_to_the_byte(cpu, name, tmp_path):
 
 @pytest.mark.parametrize("task", ["sst2", "squad"])
 def test_learning_takes_the_predicted_memory(cpu, folder, task):
-    """A meta step of the improved recipe in fp32, whatever dtype the plan is for: never above, and below by no more than
-    the two gradients of the tied embedding, which need not be there while the logits are."""
+    """A meta step of the improved recipe in fp32, whatever dtype the plan is for: never above, and below by no more
+    than the two gradients of the tied embedding, which need not be there while the logits are."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plan = make_plan(str(folder), task=task, batch=8, seq=64, dtype="bfloat16")

@@ -52,9 +52,9 @@ class Memory:
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch
-    learning     `zo learn` of scales on the same batch, in fp32: weights, a forward that keeps what its backward needs,
-                 9/8 of the largest gradient and a tied embedding's (`learning/streaming.py`): a bound.  Not counted: the
-                 momentum of recipe "paper".  Recipe "forward" needs no more than an fp32 step in place
+    learning     `zo learn` of scales on the same batch, in fp32: weights, a forward that keeps what its backward
+                 needs, 9/8 of the largest gradient and a tied embedding's (`learning/streaming.py`): a bound.  Not
+                 counted: the momentum of recipe "paper".  Recipe "forward" takes no more than an fp32 step in place
     """
 
     weights: int
