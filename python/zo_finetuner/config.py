@@ -38,6 +38,7 @@ class RunConfig:
     pertnn: str | None = _option(
         None, "learned scales (.safetensors or published .pth) for zo-finetuner (default: fresh nets) and other methods"
     )
+    transfer: bool = _option(False, "take nets or scales of another depth or width of this family, block by block")
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
@@ -74,7 +75,7 @@ class RunConfig:
         for name in ("model", "task", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
-        check_method(self.optimizer, self.pertnn or None, self.set)
+        check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)
         preset = PRESETS[self.optimizer]
         self.lr, self.eps = _first(self.lr, preset.lr), _first(self.eps, preset.eps)
         for name in ("lr", "eps"):

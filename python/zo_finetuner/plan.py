@@ -55,6 +55,9 @@ class Memory:
     inference    weights and a forward on the same batch
     pool         what graphs of whole steps hold all the time: what a step of the largest bucket needs; the first step
                  of a bucket is eager and takes its own beside it.  0 without graphs
+    learning     `zo learn` of scales on the same batch, in fp32: weights, a forward that keeps what its backward
+                 needs, 9/8 of the largest gradient and a tied embedding's (`learning/streaming.py`): a bound.  Not
+                 counted: the momentum of recipe "paper".  Recipe "forward" takes no more than an fp32 step in place
     """
 
     weights: int
@@ -69,6 +72,7 @@ class Memory:
     kept: int
     inference: int
     pool: int
+    learning: int
 
     @property
     def peak(self) -> int:
@@ -237,6 +241,8 @@ def _predict(
     packed = "position_ids" in forward_accepts(model)  # others cannot tell rows apart
     data = collate(rows, pad_id=0, packed=packed, few_shapes=graphs)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
+    named = len([*model.named_parameters(remove_duplicate=False)])
+    tied = max(blocks.numels) if named > len([*model.parameters()]) else 0  # of what is tied the largest, an embedding
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
     batch = {name: tensor.to("meta") for name, tensor in data.items()}
@@ -268,6 +274,8 @@ def _predict(
     work = replace(work, moved=work.moved + 2 * state)
     if learned:
         work = replace(work, moved=work.moved + trained)  # statistics of all weights
+    kept = trace_loss(model, batch, gradients=True).kept
+    backward = trace_loss(model.float(), batch, gradients=True).peak
     memory = Memory(
         weights=held,
         scratch=scratch,
@@ -279,9 +287,10 @@ def _predict(
         first=first,
         gradients=trained,
         moments=numel * (8 if size == 4 else 12),
-        kept=trace_loss(model, batch, gradients=True).kept,
+        kept=kept,
         inference=held + once.peak,
         pool=max(cost.body, cost.logits) if graphs else 0,
+        learning=held + numel * (4 - size) + backward + 4 * (9 * max(blocks.numels) // 8 + tied),
     )
     return memory, work, largest
 

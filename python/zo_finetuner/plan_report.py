@@ -66,6 +66,7 @@ def report(plan: Plan, devices: Sequence[Device]) -> str:
         ("peak", m.peak),
         ("inference on the same batch", m.inference),
         ("first-order Adam: weights, gradients, moments, kept activations", m.adam),
+        ("learning scales: fp32 weights, activations, largest gradients", m.learning),
     ]
     dtype = str(plan.dtype).removeprefix("torch.")
     lines = [

@@ -75,7 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
     method = make_method(
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
-        pertnn=config.pertnn, settings=config.set,
+        pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method.scratch_only)
 
