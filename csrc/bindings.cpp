@@ -48,8 +48,9 @@ void words(Pointer out, int64_t groups, Pointer seed, uint32_t tensor_id, uint32
   zo::words(to<uint32_t>(out), groups, *to<uint64_t>(seed), tensor_id, stream, first_group, threads);
 }
 
-void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint64_t start, int dist, int threads) {
-  zo::noise(to<float>(out), numel, *to<uint64_t>(seed), tensor_id, start, zo::Dist(dist), threads);
+void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint32_t stream, uint64_t start, int dist,
+           int threads) {
+  zo::noise(to<float>(out), numel, *to<uint64_t>(seed), tensor_id, stream, start, zo::Dist(dist), threads);
 }
 
 void axpy(const zo::Table& table, const zo::Update& update, int dist, const zo::Stats* stats, int threads) {

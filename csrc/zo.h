@@ -68,7 +68,8 @@ struct Stats {
 void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t first_group,
            int threads);
 
-void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_t start, Dist dist, int threads);
+void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t start, Dist dist,
+           int threads);
 
 // stats, which may be null, here and below: of the stored result.
 void axpy(const Table& table, const Update& update, Dist dist, const Stats* stats, int threads);

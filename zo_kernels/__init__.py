@@ -6,17 +6,20 @@ Knows tensors, seeds and dtypes; imports torch and nothing above it.  `ops` has 
 
 from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.dispatch import BACKENDS, backend_name, use_backend, why_unavailable
-from zo_kernels.noise import NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
+from zo_kernels.low_rank import add_product
+from zo_kernels.noise import LOW_RANK, NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
 from zo_kernels.ops import block_stats, dot_noise, perturb_, scratch, seed_tensor, update_, update_scratch_, words
 from zo_kernels.ops import noise as draw_noise
 from zo_kernels.rounding import ulp
 
 __all__ = [
     "BACKENDS",
+    "LOW_RANK",
     "NOISE_VERSION",
     "ROUNDING_PROBE",
     "BlockStats",
     "Blocks",
+    "add_product",
     "backend_name",
     "block_stats",
     "canonical_name",

@@ -63,11 +63,11 @@ def words(groups: Tensor, seed: Tensor | int, tensor_id: int, stream: int) -> Te
     return philox(seed, (groups & _MASK32, (groups >> 32) & _MASK32, same + tensor_id, same + stream))
 
 
-def normal(elements: Tensor, seed: Tensor | int, tensor_id: int) -> Tensor:
+def normal(elements: Tensor, seed: Tensor | int, tensor_id: int, stream: int = DIRECTION) -> Tensor:
     """Standard normals of the given element indices (int64): fp32, radius and angle evaluated in fp64.
 
     The largest value is sqrt(2 ln2 * 33) = 6.76, at u = 2^-33."""
-    w = words(elements >> 3, seed, tensor_id, DIRECTION)
+    w = words(elements >> 3, seed, tensor_id, stream)
     w = w.gather(-1, ((elements & 7) >> 1).unsqueeze(-1)).squeeze(-1)
     u = (w.to(torch.float32).double() * 2.0**-32 + 2.0**-33).to(torch.float32).double()  # = fma in fp32
     radius = torch.sqrt(2 * math.log(2) * torch.log2(u).abs())
@@ -75,9 +75,9 @@ def normal(elements: Tensor, seed: Tensor | int, tensor_id: int) -> Tensor:
     return torch.where(elements & 1 == 0, radius * torch.cos(angle), radius * torch.sin(angle)).to(torch.float32)
 
 
-def rademacher(elements: Tensor, seed: Tensor | int, tensor_id: int) -> Tensor:
+def rademacher(elements: Tensor, seed: Tensor | int, tensor_id: int, stream: int = DIRECTION) -> Tensor:
     """Random signs of the given element indices (int64): fp32, +1 or -1."""
-    w = words(elements >> 7, seed, tensor_id, DIRECTION)
+    w = words(elements >> 7, seed, tensor_id, stream)
     w = w.gather(-1, ((elements >> 5) & 3).unsqueeze(-1)).squeeze(-1)
     return (((w >> (elements & 31)) & 1) * 2 - 1).to(torch.float32)
 

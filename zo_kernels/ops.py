@@ -26,7 +26,7 @@ from torch import Tensor
 
 from zo_kernels.blocks import DTYPES, Blocks, BlockStats, require_apart
 from zo_kernels.dispatch import backend
-from zo_kernels.noise import DISTRIBUTIONS
+from zo_kernels.noise import DIRECTION, DISTRIBUTIONS
 
 
 def seed_tensor(seeds: int | Iterable[int], device: torch.device | str = "cpu") -> Tensor:
@@ -241,13 +241,20 @@ def block_stats(blocks: Blocks) -> BlockStats:
 
 @torch.no_grad()
 def noise(
-    shape: int | tuple[int, ...], seed: Tensor, tensor_id: int, *, start: int = 0, dist: str = "normal"
+    shape: int | tuple[int, ...],
+    seed: Tensor,
+    tensor_id: int,
+    *,
+    start: int = 0,
+    dist: str = "normal",
+    stream: int = DIRECTION,
 ) -> Tensor:
-    """z of `shape` consecutive elements beginning at global element index `start`: fp32, on the seed's device."""
+    """z of `shape` consecutive elements beginning at global element index `start`: fp32, on the seed's device.
+    stream: one of the noise contract's (`noise.DIRECTION`, `LOW_RANK`, ...), which share no word."""
     _require_dist(dist)
     _require(seed, "seed", torch.int64, (), seed.device)
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
-    backend(seed.device.type).noise(out, seed, tensor_id, start, dist)
+    backend(seed.device.type).noise(out, seed, tensor_id, start, dist, stream)
     return out
 
 

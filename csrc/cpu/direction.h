@@ -28,9 +28,10 @@ void make_normals(const uint32_t* __restrict w, int runs, float* __restrict z) {
   }
 }
 
-void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id, int runs, float* __restrict z) {
+void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id, uint32_t stream, int runs,
+                float* __restrict z) {
   for (int run = 0; run < runs; ++run, z += RUN) {
-    const Words words = philox(seed, first_group + uint64_t(run), tensor_id, DIRECTION);
+    const Words words = philox(seed, first_group + uint64_t(run), tensor_id, stream);
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
     for (int j = 0; j < 4; ++j)
       for (uint32_t i = 0; i < 32; ++i) z[32 * j + i] = float_of(0xBF800000u ^ ((w[j] >> i) << 31));  // bit 1: +1
@@ -38,13 +39,14 @@ void make_signs(uint64_t first_group, uint64_t seed, uint32_t tensor_id, int run
 }
 
 // z of `runs` runs, the first at element `first`, a multiple of 128.
-ZO_INLINE void make_direction(uint64_t first, uint64_t seed, uint32_t tensor_id, Dist dist, int runs, float* z) {
+ZO_INLINE void make_direction(uint64_t first, uint64_t seed, uint32_t tensor_id, uint32_t stream, Dist dist, int runs,
+                              float* z) {
   if (dist == Dist::NORMAL) {
     alignas(64) uint32_t w[TILE / 2];
-    make_words(first >> 3, seed, tensor_id, DIRECTION, runs, w);
+    make_words(first >> 3, seed, tensor_id, stream, runs, w);
     make_normals(w, runs, z);
   } else {
-    make_signs(first >> 7, seed, tensor_id, runs, z);
+    make_signs(first >> 7, seed, tensor_id, stream, runs, z);
   }
 }
 

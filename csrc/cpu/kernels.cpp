@@ -68,7 +68,7 @@ void pass_as(const Pass& pass) {
     memset(acc + end, 0, sizeof(float) * size_t(tile.runs * RUN - end));
   };
   const auto draw = [&](const Tile& tile, uint64_t seed) {
-    make_direction(tile.first, seed, pass.tensor_id, pass.dist, tile.runs, z);
+    make_direction(tile.first, seed, pass.tensor_id, DIRECTION, pass.dist, tile.runs, z);
   };
   const auto draw_bits = [&](const Tile& tile, uint64_t seed) {
     make_bits(tile.first, seed, pass.tensor_id, tile.runs, bits);
@@ -135,10 +135,10 @@ void pass(const Pass& pass) {
     pass_as<Float16>(pass);
 }
 
-void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist) {
+void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, uint32_t stream, Dist dist) {
   alignas(64) float z[TILE];
   for_tiles(first, count, [&](const Tile& tile) {
-    make_direction(tile.first, seed, tensor_id, dist, tile.runs, z);
+    make_direction(tile.first, seed, tensor_id, stream, dist, tile.runs, z);
     memcpy(out + tile.done, z + tile.from, sizeof(float) * size_t(tile.length));
   });
 }

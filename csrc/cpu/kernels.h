@@ -51,7 +51,8 @@ struct Kernels {
   const char* name;
   void (*words)(uint32_t* out, uint64_t first_group, int64_t groups, uint64_t seed, uint32_t tensor_id,
                 uint32_t stream);
-  void (*noise)(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist);
+  void (*noise)(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, uint32_t stream,
+                Dist dist);
   void (*pass)(const Pass& pass);
 };
 

@@ -124,11 +124,13 @@ void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uin
   });
 }
 
-void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_t start, Dist dist, int threads) {
+void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t start, Dist dist,
+           int threads) {
   const Kernels& kernels = *chosen.load();
   parallel_for(chunks_of(numel), threads, [&](int64_t chunk) {
     const int64_t first = chunk * CHUNK;
-    kernels.noise(out + first, start + uint64_t(first), std::min(CHUNK, numel - first), seed, tensor_id, dist);
+    kernels.noise(out + first, start + uint64_t(first), std::min(CHUNK, numel - first), seed, tensor_id, stream,
+                  dist);
   });
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zo_kernels import _C
 from zo_kernels.blocks import DTYPES, Blocks, BlockStats
-from zo_kernels.noise import DISTRIBUTIONS
+from zo_kernels.noise import DIRECTION, DISTRIBUTIONS
 
 _DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
 _DIST = {dist: index for index, dist in enumerate(DISTRIBUTIONS)}
@@ -96,10 +96,10 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
     _C.words(out.data_ptr(), out.shape[0], seed.data_ptr(), tensor_id, stream, first_group, threads)
 
 
-def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
+def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
     _require_cpu(seed.device)
     threads = torch.get_num_threads()
-    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, start, _DIST[dist], threads)
+    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, stream, start, _DIST[dist], threads)
 
 
 def axpy_(

@@ -21,17 +21,19 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
     out.copy_(torch.where(w >= 1 << 31, w - (1 << 32), w))
 
 
-def directions(elements: Tensor, seed: Tensor, tensor_id: int, dist: str) -> Tensor:
+def directions(
+    elements: Tensor, seed: Tensor, tensor_id: int, dist: str, stream: int = contract.DIRECTION
+) -> Tensor:
     draw = contract.normal if dist == "normal" else contract.rademacher
-    return draw(elements, seed, tensor_id)
+    return draw(elements, seed, tensor_id, stream)
 
 
-def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
+def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = contract.DIRECTION) -> None:
     flat = out.view(-1)
     for first in range(0, flat.numel(), CHUNK):
         part = flat[first : first + CHUNK]
         elements = torch.arange(part.numel(), dtype=torch.int64, device=out.device) + (start + first)
-        part.copy_(directions(elements, seed, tensor_id, dist))
+        part.copy_(directions(elements, seed, tensor_id, dist, stream))
 
 
 def _steps(coefs: Tensor, scale: Tensor | None) -> Tensor:

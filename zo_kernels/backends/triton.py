@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zo_kernels.blocks import Blocks, BlockStats
+from zo_kernels.noise import DIRECTION
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
@@ -53,13 +54,13 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
             words_kernel[(tiles,)](out, groups, seed, tensor_id, stream, first_group, GROUPS=BLOCK, **LAUNCH)
 
 
-def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str) -> None:
+def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
     numel = out.numel()
     if numel:
         tiles = (start + numel - 1) // BLOCK - start // BLOCK + 1
         with _on(out.device):
             noise_kernel[(tiles,)](
-                out, numel, seed, tensor_id, start, BLOCK=BLOCK, SIGNS=dist == "rademacher", **LAUNCH
+                out, numel, seed, tensor_id, stream, start, BLOCK=BLOCK, SIGNS=dist == "rademacher", **LAUNCH
             )
 
 
