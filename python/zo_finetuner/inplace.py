@@ -54,6 +54,9 @@ class InPlaceProbing:
             terms = [(here.direction, back), *terms]
         apply_terms(self.blocks, terms, decay, rounding_seed)
 
+    def flush(self) -> None:
+        """Nothing to write: updates are in the weights."""
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 

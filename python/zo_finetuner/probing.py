@@ -7,9 +7,11 @@
                stack and swaps the parameter's storage, an always-called forward hook swaps it back.  theta is never
                written: `torch.equal` after any number of probes, after an exception, after Ctrl-C.
     paired     a scratch for each sign, made in one pass, and one forward of a doubled batch for both.
+    lowrank    low-rank directions as side products of the forward; updates are collected and merged rarely.  It goes
+               with the methods that have such directions, and is not asked for.
 
-All (`inplace.py`, `scratch.py`, `paired.py`) are used as `with probing.at(probe, following): loss = ...`, then
-`apply()` or `restore()`.
+All (`inplace.py`, `scratch.py`, `paired.py`, `lowrank.py`) are used as `with probing.at(probe, following): loss = ...`,
+then `apply()` or `restore()`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from zo_finetuner.errors import InputError
 from zo_finetuner.inplace import InPlaceProbing
+from zo_finetuner.lowrank import LowRankProbing
+from zo_finetuner.optim.base import Method
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
 from zo_kernels import Blocks
@@ -26,11 +31,17 @@ PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceP
 MODES = ("auto", *PROBINGS)
 
 
-def make_probing(mode: str, model: nn.Module, blocks: Blocks) -> InPlaceProbing | ScratchProbing | PairedProbing:
+def make_probing(
+    mode: str, model: nn.Module, blocks: Blocks, method: Method | None = None
+) -> InPlaceProbing | ScratchProbing:
     """mode "auto": scratch where any trainable weight has 16 bits, else in place.  Paired probing doubles activations
     and is asked for by name: on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
+    if method is not None and method.low_rank:
+        if mode != "auto":
+            raise InputError(f"{method.name} probes by side products of the forward, not {mode}: leave probing auto")
+        return LowRankProbing(model, blocks)
     if mode == "auto":
         mode = "scratch" if any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
     return PROBINGS[mode](model, blocks)

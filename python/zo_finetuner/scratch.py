@@ -50,7 +50,7 @@ class ScratchProbing:
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
         """Within it the model computes with the weights of `probe`.  following: the step's next probe, if any."""
         self._probe = probe
-        check = contextlib.nullcontext() if self._checked else CoverageCheck(self.model, self.blocks)
+        check = contextlib.nullcontext() if self._checked else self._coverage()
         self._own_reads = contextlib.nullcontext if self._checked else check.paused
         handles = []
         try:
@@ -65,6 +65,9 @@ class ScratchProbing:
                 self._frames.pop().undo()
             for handle in handles:
                 handle.remove()
+
+    def _coverage(self) -> CoverageCheck:
+        return CoverageCheck(self.model, self.blocks)
 
     def _swap_in(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if torch.is_grad_enabled():
@@ -123,17 +126,21 @@ class ScratchProbing:
     def restore(self) -> None:
         """Nothing to undo: theta was never written."""
 
+    def flush(self) -> None:
+        """Nothing to write: updates are in the weights."""
+
     def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
         apply_terms(self.blocks, update.terms, decay, rounding_seed)
 
     @torch.no_grad()
-    def realised_share(self, probe: Probe) -> Tensor:
+    def realised_share(self, probe: Probe, blocks: list[int] | None = None) -> Tensor:
         """Per block <d, z> / <z, z> of the rounded perturbation d actually made, over at most 2^20 elements of it:
-        (blocks,) fp32.  1 is exact; a small block under stochastic rounding scatters around 1."""
+        (blocks,) fp32, of all or of those numbered.  1 is exact; a small block under stochastic rounding scatters
+        around 1."""
         self._probe = probe
         shares = []
-        for b, tensor in enumerate(self.blocks.tensors):
-            theta = tensor.reshape(-1)[:SHARE_SAMPLE]
+        for b in range(len(self.blocks)) if blocks is None else blocks:
+            theta = self.blocks.tensors[b].reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
             z = draw_noise(theta.numel(), probe.direction.seed, self.blocks.ids[b], dist=probe.direction.dist).double()

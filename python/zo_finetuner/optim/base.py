@@ -13,21 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from zo_kernels import BlockStats
+from zo_finetuner.subspace import Held, Subspace
+from zo_kernels import Blocks, BlockStats
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """scale_b * z_b, z from `zo_kernels.noise` at `seed` (0-dim int64: the bits of an unsigned one).  scale: (blocks,)
-    fp32, None for ones.  Compared by identity: two probes of one direction hold the same object."""
+    fp32, None for ones.  Compared by identity: two probes of one direction hold the same object.
+
+    subspace: of a low-rank direction (`zo_finetuner.subspace`), in which z_b of a matrix has few coordinates."""
 
     seed: Tensor
     scale: Tensor | None = None
     dist: str = "normal"
+    subspace: Subspace | None = None
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """Of a low-rank direction, scales included: flat fp32, drawn once for its probes and its update."""
+        return self.subspace.layout.draw(self.seed, self.scale, self.dist)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Update:
 
     loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs."""
 
-    terms: list[tuple[Direction, Tensor]]
+    terms: list[tuple[Direction | Held, Tensor]]
     loss: Tensor
     projected_grad: Tensor
 
@@ -72,7 +82,11 @@ class Method:
     name = "method"
     forwards = 0
     directions = 1
+    low_rank = False  # its directions have subspaces: probes are side products, and no other mode of probing
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def prepare(self, blocks: Blocks) -> None:
+        """Once, before the first step: the blocks that it will work on.  Raises InputError where they do not fit."""
 
     def ask(self, context: StepContext) -> list[Probe]:
         raise NotImplementedError

@@ -1,0 +1,116 @@
+"""Updates collected in low-rank coordinates and not yet in the weights:  theta + sum over subspaces of L R^T.
+
+A merge is one pass over the weights:  theta = round(decay * theta + sum L R^T), 16-bit weights stochastically with the
+rounding seed of the last collected step.  It comes when the collected rank would exceed the layout's limit (so at
+every new subspace of LOZO and SubZero), and before any reader of the weights.  While something is collected the model
+has hooks that merge when it is called outside a probe, saved (`state_dict`) or loaded; who reads a parameter himself
+calls `Engine.flush()` first.  When a merge comes changes the weights by rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetuner.optim.base import Direction
+from zo_finetuner.rows import unwrap
+from zo_finetuner.subspace import Held, Matrix, Subspace
+from zo_kernels import Blocks, add_product
+
+
+class Factors(NamedTuple):
+    """left: (m, k), right: (n, k): a matrix is moved by left right^T."""
+
+    matrix: Matrix
+    left: Tensor
+    right: Tensor
+
+
+class Pending:
+    """What was collected for the matrices among `blocks` since the last merge.  reading: set within a probe, where the
+    model may be called without a merge."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks):
+        self.blocks = blocks
+        self.rounding = torch.zeros((), dtype=torch.int64, device=blocks.device)
+        self.reading = False
+        self._coordinates: dict[Subspace, Tensor] = {}
+        self._models = list(dict.fromkeys((model, unwrap(model))))
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def rank(self) -> int:
+        return sum(subspace.rank for subspace in self._coordinates)
+
+    def add(self, direction: Direction | Held, coef: Tensor) -> None:
+        """Collect coef * direction."""
+        moved = self._coordinates.get(direction.subspace)
+        if moved is not None:
+            moved.addcmul_(direction.coordinates, coef)
+        else:
+            self._coordinates[direction.subspace] = direction.coordinates * coef
+            if not self._guards:
+                self._guard()
+
+    def make_room(self, subspace: Subspace) -> None:
+        """Merge if this subspace, when it is new, would be one too many."""
+        if self._coordinates and subspace not in self._coordinates:
+            if self.rank + subspace.rank > subspace.layout.limit:
+                self.merge()
+
+    def settle(self) -> None:
+        """Merge if more is collected than may be."""
+        if self._coordinates and self.rank > next(iter(self._coordinates)).layout.limit:
+            self.merge()
+
+    def factors(
+        self, dtype: torch.dtype, direction: Direction | None = None, coef: Tensor | None = None
+    ) -> list[Factors]:
+        """Of every matrix, in a dtype: what is collected, and coef * direction on top.  Empty where nothing is."""
+        groups = dict(self._coordinates)
+        if direction is not None:
+            here, moved = groups.get(direction.subspace), direction.coordinates
+            groups[direction.subspace] = moved * coef if here is None else torch.addcmul(here, moved, coef)
+        if not groups:
+            return []
+        sides = [(_lefts(subspace, x, dtype), subspace.right_as(dtype)) for subspace, x in groups.items()]
+        lefts, rights = sides[0]
+        if len(sides) > 1:
+            lefts, rights = ([torch.cat(x, 1) for x in zip(*side, strict=True)] for side in zip(*sides, strict=True))
+        matrices = next(iter(groups)).layout.matrices
+        return [Factors(*parts) for parts in zip(matrices, lefts, rights, strict=True)]
+
+    @torch.no_grad()
+    def merge(self, decay: Tensor | None = None) -> None:
+        for number, (matrix, left, right) in enumerate(self.factors(torch.float32)):
+            theta = self.blocks.tensors[matrix.block]
+            add_product(theta, left, right, matrix.tensor_id, self.rounding, decay=decay)
+            for subspace, moved in self._coordinates.items():  # after Ctrl-C the rest is still to be merged
+                subspace.layout.split(moved)[number].zero_()
+        self._coordinates.clear()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+
+    def _guard(self) -> None:
+        for model in self._models:
+            self._guards += [
+                model.register_forward_pre_hook(self._before_forward, prepend=True),
+                model.register_state_dict_pre_hook(self._before_state),
+                model.register_load_state_dict_pre_hook(self._before_state),
+            ]
+
+    def _before_forward(self, model: nn.Module, args: tuple) -> None:
+        if not self.reading:
+            self.merge()
+
+    def _before_state(self, *_: Any) -> None:
+        self.merge()
+
+
+def _lefts(subspace: Subspace, coordinates: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    if subspace.left is None:
+        return subspace.left_of(coordinates.to(dtype))  # all matrices in one conversion
+    return [left.to(dtype) for left in subspace.left_of(coordinates)]
