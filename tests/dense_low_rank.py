@@ -10,10 +10,10 @@ from zo_kernels import Blocks
 
 
 def factor(seed: int, tensor_id: int, rows: int, rank: int, start: int = 0, dist: str = "normal") -> np.ndarray:
-    """Stream 2, row-major, from element `start` on."""
+    """(rows, rank), column after column from element `start` of stream 2 on."""
     with zk.use_backend("reference"):
-        z = zk.draw_noise((rows, rank), zk.seed_tensor(seed), tensor_id, start=start, stream=2, dist=dist)
-    return z.double().numpy()
+        z = zk.draw_noise((rank, rows), zk.seed_tensor(seed), tensor_id, start=start, stream=2, dist=dist)
+    return z.double().numpy().T
 
 
 def orthonormal(a: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ SHAPES = [(5, 7, 1), (33, 20, 3), (1, 9, 2), (9, 1, 1)]
 
 
 def factors(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(m, n), torch.randn(m, k), torch.randn(n, k)
+    return torch.randn(m, n), torch.randn(k, m), torch.randn(k, n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -26,7 +26,7 @@ def test_the_sum_is_rounded_with_the_bits_of_its_elements(backend, shape, dtype,
     theta, decay = theta.to(dtype), torch.tensor(0.9)
     out = torch.empty_like(theta)
     zk.add_product(theta, left, right, TENSOR_ID, SEED, decay=decay, out=out)
-    exact = torch.addmm(theta.float() * decay, left, right.t())
+    exact = torch.addmm(theta.float() * decay, left.t(), right)
     if dtype == torch.float32:
         assert torch.allclose(out, exact, rtol=1e-6, atol=1e-6)
     else:
@@ -39,7 +39,7 @@ def test_the_sum_is_rounded_with_the_bits_of_its_elements(backend, shape, dtype,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_changes_survive_on_average(cpu, dtype):
     theta = torch.ones(64, 64, dtype=dtype)
-    step = torch.full((64, 1), 1e-3), torch.full((64, 1), 0.1)  # 1e-4, an 80th of the spacing of bf16 at 1
+    step = torch.full((1, 64), 1e-3), torch.full((1, 64), 0.1)  # 1e-4, an 80th of the spacing of bf16 at 1
     moved = []
     for seed in range(32):
         out = torch.empty_like(theta)
@@ -51,10 +51,10 @@ def test_small_changes_survive_on_average(cpu, dtype):
 
 def test_infinities_stay_what_they_are(cpu):
     theta = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]], dtype=torch.bfloat16)
-    zk.add_product(theta, torch.zeros(1, 1), torch.zeros(4, 1), TENSOR_ID, SEED)
+    zk.add_product(theta, torch.zeros(1, 1), torch.zeros(1, 4), TENSOR_ID, SEED)
     assert theta[0, 0] == float("inf") and theta[0, 1] == -float("inf") and theta[0, 2].isnan() and theta[0, 3] == 1
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"no product of \(3, 2\) and \(4, 1\) adds to \(3, 4\)"):
-        zk.add_product(torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4, 1), TENSOR_ID, SEED)
+    with pytest.raises(ValueError, match=r"no product of \(2, 3\) and \(1, 4\) adds to \(3, 4\)"):
+        zk.add_product(torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(1, 4), TENSOR_ID, SEED)

@@ -1,6 +1,6 @@
-"""Sums of few rank-one terms, merged into a weight:  out = round(decay * theta + left right^T), one pass.
+"""Sums of few rank-one terms, merged into a weight:  out = round(decay * theta + left^T right), one pass.
 
-    theta   (m, n), fp32, bf16 or fp16          left (m, k), right (n, k), fp32
+    theta   (m, n), fp32, bf16 or fp16          left (k, m), right (k, n), fp32
     arithmetic in fp32; the product is torch's, so its sum over k has no fixed order and devices differ in the last bits
     16-bit results are rounded stochastically with the bits of the noise contract (element = row * n + column), so an
     average over seeds is the unrounded sum; fp32 results are not rounded again
@@ -32,18 +32,18 @@ def add_product(
     decay: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """out (theta itself when not given; same dtype and shape) = round(decay * theta + left right^T).
+    """out (theta itself when not given; same dtype and shape) = round(decay * theta + left^T right).
 
     rounding_seed: 0-dim int64; decay: 0-dim fp32.  ValueError for shapes that do not fit."""
     out = theta if out is None else out
-    (m, n), k = theta.shape, left.shape[1]
-    if left.shape != (m, k) or right.shape != (n, k) or out.shape != theta.shape:
+    (m, n), k = theta.shape, left.shape[0]
+    if left.shape != (k, m) or right.shape != (k, n) or out.shape != theta.shape:
         raise ValueError(f"no product of {tuple(left.shape)} and {tuple(right.shape)} adds to {tuple(theta.shape)}")
     rows = max(1, PIECE // max(n, 1))
     for first in range(0, m, rows):
         piece = slice(first, first + rows)
         acc = theta[piece].float() if decay is None else theta[piece].float() * decay
-        acc = torch.addmm(acc, left[piece], right.t())
+        acc = torch.addmm(acc, left[:, piece].t(), right)
         if theta.dtype != torch.float32:
             acc = _rounded(acc, _bits(first * n, acc.numel(), tensor_id, rounding_seed), theta.dtype)
         out[piece].copy_(acc)

@@ -1,9 +1,13 @@
 """Probing along low-rank directions: a side product in the forward; theta is neither copied nor written.
 
-A hook adds to what a module returned what c * direction of its weight, and all that is collected for it, would have
-made of it (`side_products.py`).  Updates are collected (`pending.py`) and merged into theta rarely.  Tensors that are
-not matrices are perturbed and updated as under `scratch` probing: they are small.  So are matrices that a module uses
-in another way than a side product knows (OPT's positions): they are copied, theta + L R^T rounded stochastically.
+    matrices                a hook adds to what a module returned what c * direction of its weight, and all that is
+                            collected for it, would have made of it (`side_products.py`)
+    vectors                 copies of all norms and biases, perturbed in one pass and swapped in for the probe
+    what is left            perturbed as under `scratch` probing: stacked experts, and matrices that a module uses in a
+                            way without a side product (OPT's positions), as theta + L^T R
+
+16-bit copies are rounded stochastically.  Updates of matrices are collected (`pending.py`) and merged into theta
+rarely, others are made at once.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from zo_finetuner.side_products import SideProduct, side_product
 from zo_finetuner.stack import Frame
 from zo_finetuner.subspace import Held
 from zo_finetuner.update import apply_terms
-from zo_kernels import Blocks, add_product, ulp
+from zo_kernels import Blocks, add_product
 
 
 class LowRankProbing(ScratchProbing):
@@ -34,37 +38,33 @@ class LowRankProbing(ScratchProbing):
     mode = "lowrank"
 
     def __init__(self, model: nn.Module, blocks: Blocks, copied: bool = False):
-        self._others = [b for b, tensor in enumerate(blocks.tensors) if tensor.dim() != 2]
-        self._places = torch.tensor(self._others, dtype=torch.int64, device=blocks.device)
         super().__init__(model, blocks)
-        self._small = Blocks(
-            [(blocks.names[b], blocks.tensors[b]) for b in self._others],
-            ids={blocks.names[b]: blocks.ids[b] for b in self._others},
-        )
-        self.pending = Pending(model, blocks)
-        self._factors: dict[int, Factors] = {}  # of the matrices' blocks, for the probe in progress
+        by_name = dict(model.named_parameters())
+        parameters = [by_name[name] for name in blocks.names]
+        self.pending = Pending(model, parameters)
+        self._dense = Part(blocks, [b for b, tensor in enumerate(blocks.tensors) if tensor.dim() != 2])
+        self._vectors = Part(blocks, [b for b, tensor in enumerate(blocks.tensors) if tensor.dim() < 2])
+        self._copies = self._vectors.copies()
+        self._swapped = [parameters[b] for b in self._vectors.numbers]
         self._sides = {} if copied else {m: side for m in self._modules if (side := self._side(m)) is not None}
-        self._modules = [m for m in self._modules if self._blocks_of(m) - {self._beside(m)}]
+        self._modules = [m for m in self._modules if self._left_over(m)]
         matrices = [tensor.dtype for tensor in blocks.tensors if tensor.dim() == 2]
         self._dtype = matrices[0] if matrices else torch.float32
-
-    def _blocks_of(self, module: nn.Module) -> set[int]:
-        return {self._parameters[id(p)] for p in module._parameters.values() if id(p) in self._parameters}
+        self._factors: dict[int, Factors] = {}  # of the matrices' blocks, for the probe in progress
 
     def _side(self, module: nn.Module) -> tuple[int, SideProduct] | None:
         block, product = self._parameters.get(id(module._parameters.get("weight"))), side_product(module)
-        return None if block is None or product is None or block in self._others else (block, product)
+        matrix = block is not None and self.blocks.tensors[block].dim() == 2
+        return (block, product) if matrix and product is not None else None
 
-    def _beside(self, module: nn.Module) -> int | None:
-        """The block whose weight this module uses with a side product."""
-        return self._sides[module][0] if module in self._sides else None
+    def _left_over(self, module: nn.Module) -> set[int]:
+        """Blocks of a module that are no vectors and have no side product."""
+        owned = {self._parameters[id(p)] for p in module._parameters.values() if id(p) in self._parameters}
+        return owned - set(self._vectors.numbers) - {self._sides.get(module, (None,))[0]}
 
     def measure(self) -> None:
-        """Of the weights that go through a scratch, which is no pass over the matrices."""
-        largest = [torch.linalg.vector_norm(self.blocks.tensors[b], float("inf")).float() for b in self._others]
-        spacing = [ulp(x, self.blocks.tensors[b].dtype) for x, b in zip(largest, self._others, strict=True)]
-        if spacing:
-            self._nearest_above.index_copy_(0, self._places, torch.stack(spacing))
+        """All that goes through a scratch is rounded stochastically; no pass over the weights."""
+        self._nearest_above.fill_(torch.inf)
 
     def _coverage(self) -> CoverageCheck:
         names = {module: name for name, module in self.model.named_modules()}
@@ -82,6 +82,7 @@ class LowRankProbing(ScratchProbing):
         handles = []
         self.pending.reading = True
         try:
+            self._swap_vectors(probe)
             for module, (block, product) in self._sides.items():
                 _, left, right = self._factors[block]
                 hook = functools.partial(_add_product, product, left, right)
@@ -90,51 +91,56 @@ class LowRankProbing(ScratchProbing):
                 yield
         finally:
             self.pending.reading = False
+            for parameter, own in zip(self._swapped, self._vectors.blocks.tensors, strict=True):
+                parameter.data = own
             for handle in handles:
                 handle.remove()
 
-    def _perturb(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
-        if block in self._others:
-            super()._perturb(frame, parameter, block, rows)
-        elif block != self._beside(frame.module):
-            out = self._take(frame, parameter, None)
-            self._copy(parameter.data, out, block)
-            frame.swap(parameter, out if rows is None else out.index_select(0, rows))
-        elif rows is not None:  # a head's candidates: who perturbs some of a module's parameters takes the rows of all
-            frame.swap(parameter, parameter.data.index_select(0, rows))
+    def _swap_vectors(self, probe: Probe) -> None:
+        if not self._swapped:
+            return
+        torch._foreach_copy_(self._copies.tensors, self._vectors.blocks.tensors)
+        direction = self._vectors.direction(probe.direction)
+        apply_terms(self._copies, [(direction, probe.coef)], None, direction.seed)
+        for parameter, copy in zip(self._swapped, self._copies.tensors, strict=True):
+            parameter.data = copy
 
-    def _copy(self, theta: Tensor, out: Tensor, block: int) -> None:
+    def _perturb(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
+        if block not in self._left_over(frame.module):
+            if rows is not None:  # of a head: who takes rows of its weight takes those of its bias
+                frame.swap(parameter, parameter.data.index_select(0, rows))
+            return
+        if block not in self._factors:
+            return super()._perturb(frame, parameter, block, rows)
         matrix, left, right = self._factors[block]
+        out = self._take(frame, parameter, None)
         seed = self._probe.direction.seed
-        add_product(theta, left.float(), right.float(), matrix.tensor_id, seed, out=out)
+        add_product(parameter.data, left.float(), right.float(), matrix.tensor_id, seed, out=out)
+        frame.swap(parameter, out if rows is None else out.index_select(0, rows))
 
     def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
         for direction, coef in update.terms:
             self.pending.add(direction, coef)
         self.pending.rounding.copy_(rounding_seed)
-        self._apply_small(update.terms, decay, rounding_seed)
+        self._apply_dense(update.terms, decay, rounding_seed)
         if decay is None:
             self.pending.settle()
         else:  # it shrinks every weight at every step
             self.pending.merge(decay)
 
-    def _apply_small(
+    def _apply_dense(
         self, terms: list[tuple[Direction | Held, Tensor]], decay: Tensor | None, rounding_seed: Tensor
     ) -> None:
-        """Of the tensors that are not matrices."""
-        if not self._others or not terms:
+        blocks = self._dense.blocks
+        if not len(blocks) or not terms:
             return
-        direction, coef = terms[0]
-        if isinstance(direction, Held):
-            parts = direction.dense.split(self._small.numels)
-            for theta, dense, tensor_id in zip(self._small.tensors, parts, self._small.ids, strict=True):
-                column = theta.view(-1, 1)
-                add_product(column, dense.view(-1, 1), coef.view(1, 1), tensor_id, rounding_seed, decay=decay)
-            return
-        scales = {id(d.scale): d.scale for d, _ in terms if d.scale is not None}
-        scales = {key: scale.index_select(0, self._places) for key, scale in scales.items()}
-        small = [(Direction(d.seed, scales.get(id(d.scale)), d.dist), coef) for d, coef in terms]
-        apply_terms(self._small, small, decay, rounding_seed)
+        held, coef = terms[0]
+        if not isinstance(held, Held):
+            terms = [(self._dense.direction(direction), coef) for direction, coef in terms]
+            return apply_terms(blocks, terms, decay, rounding_seed)
+        for theta, dense, tensor_id in zip(blocks.tensors, held.dense.split(blocks.numels), blocks.ids, strict=True):
+            row = theta.view(1, -1)
+            add_product(row, coef.view(1, 1), dense.view(1, -1), tensor_id, rounding_seed, decay=decay)
 
     def flush(self) -> None:
         self.pending.merge()
@@ -146,9 +152,33 @@ class LowRankProbing(ScratchProbing):
     def realised_share(self, probe: Probe) -> Tensor:
         """As under `scratch`; 1 for matrices, whose side products are rounded like any activation."""
         shares = torch.ones(len(self.blocks), dtype=torch.float32, device=self.blocks.device)
-        if self._others:
-            shares.index_copy_(0, self._places, super().realised_share(probe, self._others))
+        if self._dense.numbers:
+            shares.index_copy_(0, self._dense.places, super().realised_share(probe, self._dense.numbers))
         return shares
+
+
+class Part:
+    """Some of the blocks, by their numbers, and directions with the scales of those."""
+
+    def __init__(self, blocks: Blocks, numbers: list[int]):
+        self.numbers = numbers
+        self.places = torch.tensor(numbers, dtype=torch.int64, device=blocks.device)
+        self.ids = {blocks.names[b]: blocks.ids[b] for b in numbers}
+        self.blocks = Blocks([(blocks.names[b], blocks.tensors[b]) for b in numbers], ids=self.ids)
+        self._of: dict[Tensor, Tensor] = {}  # a scale of all blocks -> of these, the last one
+
+    def copies(self) -> Blocks:
+        return Blocks([(n, t.clone()) for n, t in zip(self.blocks.names, self.blocks.tensors, strict=True)], self.ids)
+
+    def direction(self, whole: Direction) -> Direction:
+        return Direction(whole.seed, self._scale(whole.scale), whole.dist)
+
+    def _scale(self, scale: Tensor | None) -> Tensor | None:
+        if scale is None:
+            return None
+        if scale not in self._of:
+            self._of = {scale: scale.index_select(0, self.places)}
+        return self._of[scale]
 
 
 def _add_product(

@@ -1,6 +1,6 @@
-"""Updates collected in low-rank coordinates and not yet in the weights:  theta + sum over subspaces of L R^T.
+"""Updates collected in low-rank coordinates and not yet in the weights:  theta + sum over subspaces of L^T R.
 
-A merge is one pass over the weights:  theta = round(decay * theta + sum L R^T), 16-bit weights stochastically with the
+A merge is one pass over the weights:  theta = round(decay * theta + sum L^T R), 16-bit weights stochastically with the
 rounding seed of the last collected step.  It comes when the collected rank would exceed the layout's limit (so at
 every new subspace of LOZO and SubZero), and before any reader of the weights.  While something is collected the model
 has hooks that merge when it is called outside a probe, saved (`state_dict`) or loaded; who reads a parameter himself
@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zo_finetuner.optim.base import Direction
 from zo_finetuner.rows import unwrap
 from zo_finetuner.subspace import Held, Matrix, Subspace
-from zo_kernels import Blocks, add_product
+from zo_kernels import add_product
 
 
 class Factors(NamedTuple):
-    """left: (m, k), right: (n, k): a matrix is moved by left right^T."""
+    """left: (k, m), right: (k, n): a matrix is moved by left^T right."""
 
     matrix: Matrix
     left: Tensor
@@ -29,12 +30,14 @@ class Factors(NamedTuple):
 
 
 class Pending:
-    """What was collected for the matrices among `blocks` since the last merge.  reading: set within a probe, where the
-    model may be called without a merge."""
+    """What was collected since the last merge for the matrices among `parameters`, the model's in the order of the
+    blocks.  reading: set within a probe, where the model may be called without a merge.
 
-    def __init__(self, model: nn.Module, blocks: Blocks):
-        self.blocks = blocks
-        self.rounding = torch.zeros((), dtype=torch.int64, device=blocks.device)
+    It holds parameters, not their memory: a deep copy of the model copies its hooks, and so this, for its own."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
+        self.rounding = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+        self._parameters = parameters
         self.reading = False
         self._coordinates: dict[Subspace, Tensor] = {}
         self._models = list(dict.fromkeys((model, unwrap(model))))
@@ -78,14 +81,14 @@ class Pending:
         sides = [(_lefts(subspace, x, dtype), subspace.right_as(dtype)) for subspace, x in groups.items()]
         lefts, rights = sides[0]
         if len(sides) > 1:
-            lefts, rights = ([torch.cat(x, 1) for x in zip(*side, strict=True)] for side in zip(*sides, strict=True))
+            lefts, rights = ([torch.cat(x) for x in zip(*side, strict=True)] for side in zip(*sides, strict=True))
         matrices = next(iter(groups)).layout.matrices
         return [Factors(*parts) for parts in zip(matrices, lefts, rights, strict=True)]
 
     @torch.no_grad()
     def merge(self, decay: Tensor | None = None) -> None:
         for number, (matrix, left, right) in enumerate(self.factors(torch.float32)):
-            theta = self.blocks.tensors[matrix.block]
+            theta = self._parameters[matrix.block].data
             add_product(theta, left, right, matrix.tensor_id, self.rounding, decay=decay)
             for subspace, moved in self._coordinates.items():  # after Ctrl-C the rest is still to be merged
                 subspace.layout.split(moved)[number].zero_()
@@ -104,7 +107,8 @@ class Pending:
 
     def _before_forward(self, model: nn.Module, args: tuple) -> None:
         if not self.reading:
-            self.merge()
+            with _disable_current_modes():  # in a first probe of another optimizer, who watches reads of the weights
+                self.merge()
 
     def _before_state(self, *_: Any) -> None:
         self.merge()

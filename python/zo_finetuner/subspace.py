@@ -1,14 +1,15 @@
 """Low-rank directions: the factors of what a matrix is moved by, drawn from seeds.
 
-    one-sided    d_b = gain X_b V_b^T                    X (m, r) coordinates,  V (n, r) normal               LOZO, ES
-    two-sided    d_b = sqrt(m n) / r * U_b X_b V_b^T     X (r, r) coordinates,  U (m, r), V (n, r) orthonormal SubZero
+    one-sided    d_b = gain X_b^T V_b                   X (r, m) coordinates,  V (r, n) normal                 LOZO, ES
+    two-sided    d_b = sqrt(m n) / r * U_b^T X_b^T V_b   X (r, r) coordinates,  U (r, m), V (r, n) orthonormal  SubZero
 
-for theta_b of shape (m, n) as it is stored; entries have mean square r gain^2 and 1.  V and U are those of a subspace,
-which directions of many steps may share; sums of such directions are sums of their coordinates.  Tensors that are not
-matrices (norms, biases, stacked experts) have dense noise, that of any direction: stream 0 of the direction's seed.
+for theta_b of shape (m, n) as it is stored; entries have mean square r gain^2 and 1.  Factors are kept as their few
+long rows, which matrix products take as they are.  V and U are those of a subspace, which directions of many steps may
+share; sums of such directions are sums of their coordinates.  Tensors that are not matrices (norms, biases, stacked
+experts) have dense noise, that of any direction: stream 0 of the direction's seed.
 
-The noise of the factors is normal or signs of stream 2 at the weight's tensor id, in row-major order; journals depend
-on these places:
+The noise of the factors is stream 2 at the weight's tensor id, row after row as they stand above; journals depend on
+these places:
 
     X  elements 0 on, of the direction's seed       V  2^40 on       U  2^41 on, of the subspace's seed
 
@@ -20,7 +21,7 @@ are those of the device's LAPACK.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -40,35 +41,43 @@ class Matrix(NamedTuple):
     n: int
 
 
+class Other(NamedTuple):
+    block: int
+    tensor_id: int
+    numel: int
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The matrices among the blocks, and what their subspaces are like.
+    """The matrices among the blocks, the other blocks, and what the subspaces of the matrices are like.
 
     gain: of one-sided directions.  limit: the rank that may be collected, above which it is merged into the weights.
     Coordinates of all matrices lie in one flat fp32 tensor, in the order of the blocks, so that a step does with one
     operator what it would do matrix by matrix.  Raises InputError for a rank below 1, and naming a matrix whose
     smaller side is below the rank."""
 
-    blocks: Blocks
+    blocks: InitVar[Blocks]
     rank: int
     two_sided: bool = False
     gain: float = 1.0
     limit: int = 0
+    device: torch.device = field(init=False)
     matrices: list[Matrix] = field(default_factory=list, init=False)
-    others: list[int] = field(default_factory=list, init=False)
+    others: list[Other] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, blocks: Blocks) -> None:
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
-        for block, tensor in enumerate(self.blocks.tensors):
+        object.__setattr__(self, "device", blocks.device)
+        for block, (tensor, tensor_id) in enumerate(zip(blocks.tensors, blocks.ids, strict=True)):
             if tensor.dim() == 2:
-                self.matrices.append(Matrix(block, self.blocks.ids[block], *tensor.shape))
+                self.matrices.append(Matrix(block, tensor_id, *tensor.shape))
             else:
-                self.others.append(block)
+                self.others.append(Other(block, tensor_id, tensor.numel()))
         small = min(self.matrices, key=lambda x: min(x.m, x.n), default=None)
         if small is not None and self.rank > min(small.m, small.n):
             raise InputError(
-                f"rank {self.rank} is above the smaller side of {self.blocks.names[small.block]} ({small.m} x "
+                f"rank {self.rank} is above the smaller side of {blocks.names[small.block]} ({small.m} x "
                 f"{small.n}): use rank {min(small.m, small.n)} or less, or freeze that tensor"
             )
 
@@ -83,22 +92,22 @@ class Layout:
         if not self.two_sided and self.gain == 1:
             return None
         gains = [math.sqrt(x.m * x.n) / self.rank if self.two_sided else self.gain for x in self.matrices]
-        return torch.tensor(gains, dtype=torch.float32, device=self.blocks.device)
+        return torch.tensor(gains, dtype=torch.float32, device=self.device)
 
     @cached_property
     def owners(self) -> Tensor:
         """Number of the matrix, in `matrices`, that each coordinate belongs to: int64."""
-        device = self.blocks.device
-        return torch.arange(len(self.sizes), device=device).repeat_interleave(torch.tensor(self.sizes, device=device))
+        sizes = torch.tensor(self.sizes, device=self.device)
+        return torch.arange(len(self.sizes), device=self.device).repeat_interleave(sizes)
 
     @cached_property
     def places(self) -> Tensor:
         """Block numbers of the matrices: int64."""
-        return torch.tensor([x.block for x in self.matrices], dtype=torch.int64, device=self.blocks.device)
+        return torch.tensor([x.block for x in self.matrices], dtype=torch.int64, device=self.device)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of flat coordinates, (m or r, r) for each matrix."""
-        return [x.view(-1, self.rank) for x in flat.split(self.sizes)]
+        """Views of flat coordinates, (r, m or r) for each matrix."""
+        return [x.view(self.rank, -1) for x in flat.split(self.sizes)]
 
     def draw(self, seed: Tensor, scale: Tensor | None, dist: str) -> Tensor:
         """Coordinates of a direction, with its scales: flat fp32."""
@@ -113,14 +122,14 @@ class Layout:
     def draw_others(self, seed: Tensor, scale: Tensor | None, dist: str) -> Tensor:
         """The direction of the tensors that are not matrices, with its scales: flat fp32."""
         parts = [torch.zeros(0, device=seed.device)]
-        for block in self.others:
-            z = draw_noise(self.blocks.numels[block], seed, self.blocks.ids[block], dist=dist)
+        for block, tensor_id, numel in self.others:
+            z = draw_noise(numel, seed, tensor_id, dist=dist)
             parts.append(z if scale is None else z * scale[block])
         return torch.cat(parts)
 
 
 class Subspace:
-    """right: V, (n, r) fp32, for each matrix of the layout; left: U, (m, r), or None for one-sided directions."""
+    """right: V, (r, n) fp32, for each matrix of the layout; left: U, (r, m), or None for one-sided directions."""
 
     def __init__(self, layout: Layout, seed: Tensor):
         self.layout, self.rank = layout, layout.rank
@@ -131,8 +140,8 @@ class Subspace:
             self.right = [_orthonormal(v) for v in self.right]
         self._cast: dict[torch.dtype, list[Tensor]] = {torch.float32: self.right}
 
-    def _draw(self, rows: int, seed: Tensor, tensor_id: int, start: int) -> Tensor:
-        return draw_noise((rows, self.rank), seed, tensor_id, start=start, stream=LOW_RANK)
+    def _draw(self, length: int, seed: Tensor, tensor_id: int, start: int) -> Tensor:
+        return draw_noise((self.rank, length), seed, tensor_id, start=start, stream=LOW_RANK)
 
     def right_as(self, dtype: torch.dtype) -> list[Tensor]:
         if dtype not in self._cast:
@@ -140,19 +149,20 @@ class Subspace:
         return self._cast[dtype]
 
     def left_of(self, coordinates: Tensor) -> list[Tensor]:
-        """For each matrix L, (m, r), so that the coordinates stand for L V^T."""
+        """For each matrix L, (r, m), so that the coordinates stand for L^T V."""
         parts = self.layout.split(coordinates)
-        return parts if self.left is None else [u @ x for u, x in zip(self.left, parts, strict=True)]
+        return parts if self.left is None else [x @ u for u, x in zip(self.left, parts, strict=True)]
 
     def expressed_in(self, coordinates: Tensor, new: Subspace) -> Tensor:
-        """One-sided coordinates here -> in another subspace: X V^T V_new / n, since V_new^T V_new is n in the mean."""
+        """One-sided coordinates here -> in another subspace: V_new V^T X / n, since V_new V_new^T is n in the mean."""
         parts = zip(self.layout.split(coordinates), self.right, new.right, strict=True)
-        return torch.cat([(x @ (v.t() @ w) / len(v)).view(-1) for x, v, w in parts])
+        return torch.cat([(w @ v.t() @ x / v.shape[1]).view(-1) for x, v, w in parts])
 
 
 def _orthonormal(a: Tensor) -> Tensor:
-    q, r = torch.linalg.qr(a)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    """The rows of a, made orthonormal in their order."""
+    q, r = torch.linalg.qr(a.t())
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).t().contiguous()
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,7 @@ class LowRank(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "subspace" in state:
-            self._enter(state["subspace"].to(self._layout.blocks.device))
+            self._enter(state["subspace"].to(self._layout.device))
         self.inner.load_state_dict(state["inner"])
 
 
@@ -128,7 +128,7 @@ class LOZOMomentum(LowRank):
 
     def prepare(self, blocks: Blocks) -> None:
         super().prepare(blocks)
-        others = sum(blocks.numels[b] for b in self._layout.others)
+        others = sum(other.numel for other in self._layout.others)
         self.momentum, self.dense, self.started = (
             torch.zeros(shape, dtype=torch.float32, device=blocks.device)
             for shape in ((sum(self._layout.sizes),), (others,), ())
