@@ -24,15 +24,33 @@ zo::Block block(Pointer data, int64_t numel, uint64_t offset, uint32_t tensor_id
 
 zo::Table table(const std::vector<zo::Block>& blocks) { return zo::Table(blocks); }
 
-zo::Update update(Pointer seeds, Pointer coefs, int64_t count, Pointer scale, bool per_direction, Pointer decay,
-                  Pointer rounding_seed) {
-  return {to<uint64_t>(seeds), to<float>(coefs), count, to<float>(scale), per_direction, to<float>(decay),
-          to<uint64_t>(rounding_seed)};
+// kind 0 plain, 1 weighted, 2 below, 3 shifted; dtype and addresses of the states, none or one per block.
+zo::Forms forms(int kind, int dtype, const std::vector<Pointer>& states, Pointer value) {
+  zo::Forms made{zo::FormKind(kind), zo::DType(dtype), {}, to<float>(value)};
+  for (Pointer state : states) made.states.push_back(to<void>(state));
+  return made;
 }
 
-zo::Probe probe(Pointer out, Pointer mirror, Pointer seed, Pointer coef, Pointer scale, Pointer nearest_above) {
-  return {to<void>(out), to<void>(mirror), *to<uint64_t>(seed), *to<float>(coef), to<float>(scale),
-          to<float>(nearest_above)};
+zo::Update update(Pointer seeds, Pointer coefs, int64_t count, Pointer scale, bool per_direction, Pointer decay,
+                  Pointer rounding_seed, const zo::Forms* form) {
+  return {to<uint64_t>(seeds), to<float>(coefs), count, to<float>(scale), per_direction, to<float>(decay),
+          to<uint64_t>(rounding_seed), form ? *form : zo::Forms{}};
+}
+
+zo::Probe probe(Pointer out, Pointer mirror, Pointer seeds, Pointer coefs, int64_t count, Pointer scale,
+                bool per_direction, Pointer nearest_above, const zo::Forms* form) {
+  return {to<void>(out), to<void>(mirror), to<uint64_t>(seeds), to<float>(coefs), count, to<float>(scale),
+          per_direction, to<float>(nearest_above), form ? *form : zo::Forms{}};
+}
+
+// rule: its place in zo_kernels/rules.py; states: for each one, its tensor of every block.
+zo::Ruled ruled(int rule, const std::vector<std::vector<Pointer>>& states, Pointer numbers, Pointer keep) {
+  zo::Ruled made{zo::Rule(rule), {}, to<float>(numbers), to<bool>(keep)};
+  for (const std::vector<Pointer>& of_blocks : states) {
+    made.states.emplace_back();
+    for (Pointer state : of_blocks) made.states.back().push_back(to<float>(state));
+  }
+  return made;
 }
 
 zo::Rows rows(Pointer index, int64_t count, int64_t of, int64_t width) {
@@ -48,13 +66,17 @@ void words(Pointer out, int64_t groups, Pointer seed, uint32_t tensor_id, uint32
   zo::words(to<uint32_t>(out), groups, *to<uint64_t>(seed), tensor_id, stream, first_group, threads);
 }
 
-void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint32_t stream, uint64_t start, int dist,
+void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint64_t start, int dist, uint32_t stream,
            int threads) {
-  zo::noise(to<float>(out), numel, *to<uint64_t>(seed), tensor_id, stream, start, zo::Dist(dist), threads);
+  zo::noise(to<float>(out), numel, *to<uint64_t>(seed), tensor_id, start, zo::Dist(dist), stream, threads);
 }
 
 void axpy(const zo::Table& table, const zo::Update& update, int dist, const zo::Stats* stats, int threads) {
   zo::axpy(table, update, zo::Dist(dist), stats, threads);
+}
+
+void update_state(const zo::Table& table, const zo::Ruled& ruled, const zo::Update& update, int dist, int threads) {
+  zo::update_state(table, ruled, update, zo::Dist(dist), threads);
 }
 
 void scratch(const zo::Block& theta, const zo::Probe& probe, int dist, const zo::Stats* stats, int threads) {
@@ -82,6 +104,8 @@ PYBIND11_MODULE(_C, m) {
   const auto local = py::module_local();  // another module of this package may bind structs of these names
   py::class_<zo::Block>(m, "Block", local).def(py::init(&block));
   py::class_<zo::Table>(m, "Table", local).def(py::init(&table));
+  py::class_<zo::Forms>(m, "Forms", local).def(py::init(&forms));
+  py::class_<zo::Ruled>(m, "Ruled", local).def(py::init(&ruled));
   py::class_<zo::Update>(m, "Update", local).def(py::init(&update));
   py::class_<zo::Probe>(m, "Probe", local).def(py::init(&probe));
   py::class_<zo::Rows>(m, "Rows", local).def(py::init(&rows));
@@ -91,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("words", &words, unlocked);
   m.def("noise", &noise, unlocked);
   m.def("axpy_", &axpy, unlocked);
+  m.def("update_state_", &update_state, unlocked);
   m.def("scratch", &scratch, unlocked);
   m.def("scratch_rows", &scratch_rows, unlocked);
   m.def("update_scratch_", &update_scratch, unlocked);

@@ -9,6 +9,10 @@ namespace zo {
 
 enum class DType : int { FLOAT32, BFLOAT16, FLOAT16 };
 enum class Dist : int { NORMAL, RADEMACHER };
+enum class FormKind : int { PLAIN, WEIGHTED, BELOW, SHIFTED };                                         // forms.py
+enum class Rule : int { MOMENTUM, ADAM, ADAMM, SIGN, SIGN_EMA, CURVATURE, SHIFTED_MEAN };  // rules.py, in its order
+
+constexpr int MOST_STATES = 3;  // of a rule
 
 // A contiguous tensor; `offset` is the global index of its first element (a shard of a larger tensor).
 struct Block {
@@ -32,6 +36,14 @@ struct Table {
   std::vector<Chunk> chunks;  // in order
 };
 
+// What stands in place of the noise (zo_kernels/forms.py).
+struct Forms {
+  FormKind kind = FormKind::PLAIN;
+  DType dtype = DType::FLOAT32;      // of the states
+  std::vector<const void*> states{};  // h or mu of every block, element 0 of the block
+  const float* value = nullptr;      // the limit of every block, or c
+};
+
 // theta_b = round(decay * theta_b + sum_k coefs[k] * scale_kb * z_kb)
 struct Update {
   const uint64_t* seeds;
@@ -41,16 +53,28 @@ struct Update {
   bool per_direction;
   const float* decay;             // null: 1
   const uint64_t* rounding_seed;  // null: to nearest
+  Forms forms;
 };
 
-// out = round(theta + coef * scale * z), mirror = round(theta - coef * scale * z).
+// A rule that keeps state (zo_kernels/rules.py): the sum of the directions of an update is its gradient.
+struct Ruled {
+  Rule rule;
+  std::vector<std::vector<float*>> states;  // of every state, its tensor of every block
+  const float* numbers;
+  const bool* keep;  // null or true: do it
+};
+
+// out = round(theta + sum_k coefs[k] * scale_k * z_k), mirror = round(theta - sum_k ...).
 struct Probe {
   void* out;
   void* mirror;  // null: none
-  uint64_t seed;
-  float coef;
-  const float* scale;          // null: 1
-  const float* nearest_above;  // null: always to nearest
+  const uint64_t* seeds;  // the first one's bits round
+  const float* coefs;
+  int64_t count;
+  const float* scale;          // (1), with per_direction (count); null: 1
+  bool per_direction;
+  const float* nearest_above;  // of the first direction's step; null: always to nearest
+  Forms forms;
 };
 
 // Row i of a probe's `out` is row index[i] of theta, which has `of` rows of `width` elements.
@@ -68,11 +92,13 @@ struct Stats {
 void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t first_group,
            int threads);
 
-void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t start, Dist dist,
+void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_t start, Dist dist, uint32_t stream,
            int threads);
 
 // stats, which may be null, here and below: of the stored result.
 void axpy(const Table& table, const Update& update, Dist dist, const Stats* stats, int threads);
+
+void update_state(const Table& table, const Ruled& ruled, const Update& update, Dist dist, int threads);
 
 // stats: of theta.
 void scratch(const Block& theta, const Probe& probe, Dist dist, const Stats* stats, int threads);

@@ -139,6 +139,31 @@ def test_bf16_and_lora_runs(base, tmp_path):
     assert (tmp_path / "b" / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_composition_by_flags_and_yaml(base, tmp_path):
+    """Settings of the file and of flags come together; rates that are not given are the optimizer's."""
+    config = tmp_path / "run.yaml"
+    config.write_text("optimizer: fzoo\nset: {probes: 2, rule: momentum}\n")
+    given = flags(base, tmp_path / "run", steps=2, config=config)
+    given = [flag for flag in given if not flag.startswith(("--lr=", "--eps="))]
+    assert main([*given, "--set", "beta=0.5", "--set", "probes=3"]) == 0
+    written = result(tmp_path / "run")
+    assert written["config"]["set"] == {"probes": "3", "rule": "momentum", "beta": "0.5"}
+    assert (written["config"]["lr"], written["config"]["eps"]) == (5e-5, 1e-4)
+    assert written["forwards"] == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "forwards"),
+    [("forward-grad", (), 4), ("dizo", ("period=1", "rounds=1"), 4), ("ldsd-jaguar", ("candidates=2",), 6)],
+)
+def test_methods_of_other_rounds_train(base, tmp_path, name, settings, forwards):
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    assert main([*flags(base, tmp_path / "run", steps=2, lr=1e-3, optimizer=name), *chosen]) == 0
+    written = result(tmp_path / "run")
+    assert written["forwards"] == forwards and written["skipped_steps"] == 0
+    assert written["eval_loss_after"] != written["eval_loss_before"]
+
+
 BAD_SETTINGS = [
     (dict(task="sst3"), ('"sst3"', '"sst2"')),
     (dict(optimizer="mezzo"), ('"mezzo"', 'did you mean "mezo"')),
@@ -152,6 +177,12 @@ BAD_SETTINGS = [
     (dict(steps=0), ("steps must be at least 1",)),
     (dict(probing="scrath"), ('did you mean "scratch"',)),
     (dict(pertnn="x.safetensors"), ("mezo has no nets",)),
+    (dict(optimizer="hizoo", pertnn="x.safetensors"), ("hizoo has no nets",)),
+    (dict(optimizer="zo-adam", set="beta_1=0.5"), ("zo-adam has no setting", 'did you mean "beta1"')),
+    (dict(optimizer="zo-adam", set="beta1"), ("--set takes NAME=VALUE", "'beta1'")),
+    (dict(optimizer="fzoo", set="probes=1"), ("probes must be at least 2, got 1",)),
+    (dict(optimizer="sparse-mezo", probing="inplace"), ("probing inplace does not go with", "--probing scratch")),
+    (dict(optimizer="dizo", set="project=conv"), ('no trainable tensor has "conv" in its name',)),
     (dict(optimizer="zo-finetuner", pertnn="missing.safetensors"), ("missing.safetensors",)),
     (dict(model="./nowhere"), ("nowhere", "no such folder")),
     (dict(model="nobody/nothing-at-all"), ("nobody/nothing-at-all", "cannot be loaded")),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
+from test_forms import FORMS, companions, form_of
 from test_ops import COEFS, DISTS, DTYPES, ROUNDING_SEED, SEEDS, assert_same_bits, bits, weights
+from test_states import numbers, states_of
 
 import zo_kernels as zk
 
@@ -55,8 +58,37 @@ def everything(dist: str) -> list[torch.Tensor]:
     return [(r.view(torch.int32) if r.dtype == torch.int64 else r).contiguous() for r in results + model.tensors]
 
 
+@functools.cache
+def of_blocks(name: str) -> list:
+    """The states of a form or a rule, drawn once."""
+    if name in zk.RULES:
+        return states_of(name, blocks().tensors)
+    return [companions(name, tensor, seed=b) for b, tensor in enumerate(blocks().tensors)]
+
+
+def forms_and_rules(dist: str) -> list[torch.Tensor]:
+    """All that updates in a form, scratches of several directions and rules that keep state write."""
+    results, options = [], {"rounding_seed": ROUNDING_SEED, "dist": dist}
+    scale = torch.linspace(0.5, 2.0, 12)
+    for name in FORMS[1:]:
+        model, states = blocks(), of_blocks(name)
+        form = form_of(name, states, torch.linspace(0.01, 0.03, 12))
+        zk.update_(model, SEEDS, COEFS, scale, form=form, **options)
+        zk.update_state_(model, "sign", [], SEEDS, COEFS, scale, numbers=numbers("sign"), form=form, **options)
+        theta, pair = model.tensors[4], [torch.empty_like(model.tensors[4]) for _ in range(2)]
+        call = {"mirror": pair[1], "nearest_above": STOCHASTIC, "dist": dist, "form": form_of(name, states[4])}
+        zk.scratch(theta, pair[0], 9, SEEDS, COEFS, SCALES, **call)
+        results += [*pair, *model.tensors]
+    for rule in zk.RULES:
+        model, states = blocks(), [[state.clone() for state in of_rule] for of_rule in of_blocks(rule)]
+        zk.update_state_(model, rule, states, SEEDS, COEFS, scale, numbers=numbers(rule), **options)
+        results += [*model.tensors, *(tensor for state in states for tensor in state)]
+    return results
+
+
 @pytest.mark.parametrize("dist", DISTS)
-def test_threads_never_change_a_bit(cpu, dist):
+@pytest.mark.parametrize("everything", (everything, forms_and_rules))
+def test_threads_never_change_a_bit(cpu, dist, everything):
     results = {}
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -69,7 +101,8 @@ def test_threads_never_change_a_bit(cpu, dist):
 
 
 @pytest.mark.parametrize("dist", DISTS)
-def test_every_instruction_set_gives_the_same_bits(cpu, dist):
+@pytest.mark.parametrize("everything", (everything, forms_and_rules))
+def test_every_instruction_set_gives_the_same_bits(cpu, dist, everything):
     best, results = cpu.isa(), {}
     assert best == cpu.isas()[-1]
     try:

@@ -11,7 +11,7 @@ import transformers
 
 import zo_kernels.backends.reference as reference
 from zo_finetuner.engine import Engine
-from zo_finetuner.optim import ZOFineTuner
+from zo_finetuner.optim import Learned, ZOFineTuner
 from zo_finetuner.pertnn import PertNN, budget
 from zo_kernels import use_backend
 
@@ -48,7 +48,7 @@ def test_deployment_reproduces_the_published_trace(shared, monkeypatch, name, mo
     c = budget(names, numels, hidden_size=meta["config"]["hidden_size"], batch_size=meta["batch_size"])
     if not meta["normalize"]:
         c = None
-    method = ZOFineTuner(nets_of(data, names), c, exact_scales=True)
+    method = ZOFineTuner(scales=Learned(nets_of(data, names), c, exact_scales=True))
     engine = Engine(model, method, eps=meta["eps"], probing=mode)
     name_of = dict(zip(engine.blocks.ids, names, strict=True))
     step = 0

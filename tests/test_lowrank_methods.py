@@ -15,8 +15,8 @@ import zo_kernels as zk
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim import make_method
-from zo_finetuner.optim.fixed_scales import FixedScales
-from zo_finetuner.optim.low_rank import LOZO
+from zo_finetuner.optim.low_rank import LowRank
+from zo_finetuner.optim.scales import Constant
 from zo_finetuner.params import trainable_blocks
 from zo_kernels import derive_seed
 
@@ -26,7 +26,7 @@ SETTINGS = {
     "lozo": {"rank": 3, "period": 2},
     "lozo-m": {"rank": 3, "period": 2, "beta": 0.8},
     "subzero": {"rank": 4, "period": 2},
-    "es-lowrank": {"rank": 2, "members": 4, "limit": 6},
+    "es-lowrank": {"rank": 2, "probes": 2, "limit": 6},
 }
 
 
@@ -96,7 +96,11 @@ def evolution(run: Dense, step: int, antithetic: bool) -> None:
 
 
 CASES = [(name, {}, False) for name in NAMES]
-CASES += [("es-lowrank", {"antithetic": False}, False), ("lozo", {}, True), ("subzero", {}, True)]
+CASES += [
+    ("es-lowrank", {"estimator": "one-sided", "baseline": "mean", "probes": 4}, False),
+    ("lozo", {}, True),
+    ("subzero", {}, True),
+]
 
 
 @pytest.mark.parametrize(("name", "changes", "scaled"), CASES)
@@ -107,7 +111,7 @@ def test_three_steps_are_the_equations(backend, name, changes, scaled):
     scale = None
     if scaled:
         scale = torch.linspace(0.25, 2, len(run.blocks)).half().double().numpy()
-        engine.method.inner = FixedScales(torch.from_numpy(scale).float())
+        engine.method.scales = Constant(torch.from_numpy(scale).float())
     before = dense.weights(engine.blocks)
     kept: dict = {}
     for step in range(3):
@@ -115,7 +119,7 @@ def test_three_steps_are_the_equations(backend, name, changes, scaled):
         if name == "lozo-m":
             momentum(run, step, kept)
         elif name == "es-lowrank":
-            evolution(run, step, changes.get("antithetic", True))
+            evolution(run, step, antithetic=not changes)
         else:
             two_point(run, name, step, scale)
     engine.flush()
@@ -182,8 +186,8 @@ def test_a_step_without_finite_losses_leaves_everything(name, bad):
     engine = engine_of(model, name)
     engine.step(lambda: forward_loss(model, ids), LR)
     engine.flush()
-    before, kept = snapshot(model), {k: v for k, v in engine.method.state_dict().items() if k != "inner"}
-    kept = {name: value.clone() for name, value in kept.items()}
+    before = snapshot(model)
+    kept = {name: value.clone() for name, value in engine.method.state_dict().items() if name != "subspace"}
     assert torch.isnan(engine.step(lambda: torch.tensor(bad), LR)) or bad == float("inf")
     engine.flush()
     for block, theta in before.items():
@@ -214,8 +218,8 @@ def test_lozo_estimates_the_gradient_times_r():
     with torch.no_grad():
         model.weight.zero_()
     target = torch.randn(5, 6)
-    engine = Engine(model, LOZO(rank=2, period=1), eps=1.0, seed=3)
-    moved, steps = [], 1500
+    engine = Engine(model, LowRank(rank=2, period=1), eps=1.0, seed=3)
+    moved, steps = [], 600
     eye = torch.eye(6)
 
     @torch.no_grad()
@@ -236,10 +240,15 @@ BAD = [
     ("lozo", {"rank": 33}, r"rank 33 is above the smaller side of model.layers.0.self_attn.k_proj.weight \(16 x 32\)"),
     ("subzero", {"rank": 17}, "use rank 16 or less, or freeze that tensor"),
     ("lozo", {"rank": 0}, "rank must be at least 1, got 0"),
-    ("lozo", {"period": -1}, "period must be at least 1 step, got -1"),
+    ("lozo", {"period": -1}, "period must not be negative, got -1"),
     ("lozo-m", {"beta": 1.0}, "beta must be at least 0 and below 1, got 1.0"),
-    ("es-lowrank", {"members": 1}, "members must be at least 2, got 1: each is compared with the others"),
-    ("es-lowrank", {"members": 5}, "members must be even, got 5"),
+    ("es-lowrank", {"estimator": "one-sided", "baseline": "mean", "probes": 1}, "probes must be at least 2, got 1"),
+    ("lozo", {"rule": "adam"}, "lozo does not go with the rule adam: it keeps a state"),
+    ("lozo", {"rule": "sign", "sign": "elementwise"}, "lozo does not go with the rule sign"),
+    ("lozo", {"subset": "small"}, "a masked product has no low rank"),
+    ("lozo", {"estimator": "slope"}, "lozo does not go with the estimator slope"),
+    ("lozo-m", {"rule": "normalized"}, "lozo-m takes no rule: its momentum is the rule"),
+    ("lozo-m", {"two_sided": True}, "lozo-m needs one-sided directions with a period"),
     ("lozo", {"rnk": 2}, 'lozo has no setting "rnk"'),
 ]
 

@@ -127,6 +127,21 @@ def test_under_autocast_the_product_has_the_dtype_of_the_output():
         assert abs(loss_at(probing, d, ids) - exact) < 5e-3
 
 
+def test_frozen_tensors_change_nobodys_factors():
+    found = []
+    for freeze in (False, True):
+        model, seen = tiny("llama"), []
+        model.model.layers[0].self_attn.k_proj.weight.requires_grad_(not freeze)
+        blocks = trainable_blocks(model)
+        with LowRankProbing(model, blocks).at(Probe(direction(blocks), torch.tensor(C))):
+            first = model.model.layers[0].self_attn
+            for module in (first.q_proj, first.k_proj):  # after the hook of the side product
+                module.register_forward_hook(lambda m, args, output, seen=seen: seen.append(output))
+            forward_loss(model, tokens())
+        found.append(seen)
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], found[1][1])
+
+
 def test_inputs_by_keyword_and_in_inference_mode():
     class Model(nn.Module):
         def __init__(self):

@@ -20,6 +20,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.loading import empty_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import make_method
+from zo_finetuner.params import trainable_blocks
 from zo_finetuner.plan import make_plan, plan_devices, planned_rows
 from zo_finetuner.plan_report import as_json, report, verdict
 
@@ -178,6 +179,43 @@ def test_paired_probes_hold_two_copies_and_twice_the_batch(folder):
     assert two.work.flops == pytest.approx(one.work.flops, rel=0.01)
     assert two.work.moved < one.work.moved
     assert one.memory.inference == two.memory.inference
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "per_weight", "forwards"),
+    [
+        ("mezo", {}, 0, 2),
+        ("zo-momentum", {}, 4, 2),
+        ("zo-adam", {}, 8, 2),
+        ("zo-adamm", {}, 12, 2),
+        ("hizoo", {}, 4, 3),
+        ("ldsd-sgd", {}, 4, 6),
+        ("ldsd-adamm", {"mean_dtype": "bfloat16"}, 14, 6),
+        ("es", {"probes": "4"}, 0, 4),
+        ("forward-grad", {}, 2, 2),
+    ],
+)
+def test_a_methods_state_and_forwards_are_counted(folder, name, settings, per_weight, forwards):
+    plan = make_plan(str(folder), batch=2, seq=16, dtype="bfloat16", optimizer=name, settings=settings)
+    small = 100 * plan_blocks(folder)  # a few numbers per block
+    assert per_weight * plan.parameters <= plan.memory.method <= per_weight * plan.parameters + small
+    assert plan.work.forwards == forwards
+    one = make_plan(str(folder), batch=2, seq=16, dtype="bfloat16")
+    assert plan.work.flops == pytest.approx(forwards / 2 * one.work.flops)
+    if name == "zo-adam":  # it reads and writes two fp32 states in the update's pass
+        assert plan.work.moved - one.work.moved == 2 * 8 * plan.parameters
+
+
+def plan_blocks(folder):
+    return len(trainable_blocks(empty_model(str(folder), "bfloat16")))
+
+
+def test_a_scratch_only_method_is_planned_so(folder):
+    assert make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="dizo").probing == "scratch"
+    with pytest.raises(InputError, match="probing inplace does not go with this method: a projection"):
+        make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="dizo", probing="inplace")
+    paired = make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="hizoo", probing="paired")
+    assert paired.work.forwards == 2  # its centre, and both signs in one
 
 
 def test_what_fits_and_how_long_it_takes():

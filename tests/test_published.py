@@ -10,7 +10,7 @@ from bench.published import PublishedMeZO, PublishedZOFineTuner, option_loss
 from zo_finetuner.encoding import collate
 from zo_finetuner.engine import Engine
 from zo_finetuner.objective import training_loss
-from zo_finetuner.optim import MeZO, ZOFineTuner
+from zo_finetuner.optim import Learned, MeZO, ZOFineTuner
 from zo_finetuner.pertnn import PertNN, budget
 from zo_kernels import derive_seed, draw_noise, seed_tensor, tensor_ids
 
@@ -54,7 +54,8 @@ def test_three_steps_end_at_our_weights(method):
     else:
         published = PublishedZOFineTuner(theirs, nets, batch_size=3, lr=LR, eps=EPS, noise=contract(theirs))
         c = budget(names, numels, hidden_size=32, batch_size=3)
-        engine = Engine(ours, ZOFineTuner(nets, c, exact_scales=True), eps=EPS, seed=SEED, probing="inplace")
+        method = ZOFineTuner(scales=Learned(nets, c, exact_scales=True))
+        engine = Engine(ours, method, eps=EPS, seed=SEED, probing="inplace")
     batch = collate(rows, 0)
     for step in range(3):
         losses = published.step(lambda: option_loss(theirs, rows, 0), derive_seed(SEED, step, 0))

@@ -58,6 +58,7 @@ class Blocks:
         self.numels = [tensor.numel() for tensor in self.tensors]
         self.addresses: tuple[int, ...] = ()
         self._strides: tuple[tuple[int, ...], ...] = ()
+        self.states_apart: tuple[tuple[int, ...], tuple[int, ...]] = (), ()  # addresses known not to overlap
         self.refresh()
         self.index = {name: i for i, name in enumerate(self.names)}
 

@@ -1,4 +1,4 @@
-"""Rounding fp32 to a storage dtype, and a fused multiply-add, in plain torch: part of the noise contract.
+"""Rounding fp32 to a storage dtype, a fused multiply-add and a root, in plain torch: part of the noise contract.
 
     stochastic  away from zero when  r + floor(2^16 frac) >= 2^16,  frac = place of |x| between its two neighbours,
                 r = 16 random bits (`noise.rounding_bits`).  bf16: (bits + r) >> 16.  fp16: subnormals included.
@@ -23,6 +23,12 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     # One step in the magnitude's direction when the error points away from zero, one back when towards it.
     step = torch.where((error > 0) == (total > 0), 1, -1)
     return torch.where(inexact, bits + step, bits).view(torch.float64).to(torch.float32)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """fl32(sqrt(x)) of fp32, rounded once.  torch's own fp32 root on the CPU is a vector library's: an ulp off in one
+    value of 135.  No root of 24 bits lies so near to a border of roundings that fp64 would put it on the other side."""
+    return torch.sqrt(x.double()).to(torch.float32)
 
 
 def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 // The inner loops of the CPU backend: a pass over weights, any part of which may be left out,
 //   theta = round(decay * theta + sum_k step_k * z_k)      for any number of directions
 //   mean, variance, non-finite count of theta;  <theta, z_k>
-//   out = round(theta + step * z),  mirror = round(theta - step * z)
+//   out = round(theta + sum_k step_k * z_k),  mirror = round(theta - sum_k step_k * z_k)
 // reads 2 or 4 bytes per element once, and writes as many for each of theta, out and mirror.
 //
 // CMake compiles this file once per instruction set, with ZO_ISA naming the result; ops.cpp chooses at run time.  Only
@@ -10,39 +10,10 @@
 // (direction.h), whose arrays stay in L1 (20 KB).
 //
 // Everything but the table at the end has internal linkage, and nothing of the C++ library is called: see ZO_INLINE.
-#include "kernels.h"
-
-#include "direction.h"
-#include "dtype.h"
+#include "stages.h"
 
 namespace zo {
 namespace {
-
-void multiply(float factor, int runs, float* __restrict acc) {
-  for (int i = 0; i < runs * RUN; ++i) acc[i] *= factor;
-}
-
-void multiply_add(float step, const float* __restrict z, int runs, float* __restrict acc) {
-  for (int i = 0; i < runs * RUN; ++i) acc[i] = fma(step, z[i], acc[i]);
-}
-
-template <class T>
-void load(const typename T::Storage* __restrict in, int length, float* __restrict x) {
-  for (int i = 0; i < length; ++i) x[i] = T::load(in[i]);
-}
-
-// out = round(acc + step * z).
-template <class T>
-void store_nearest(float step, const float* __restrict z, const float* __restrict acc, int length,
-                   typename T::Storage* __restrict out) {
-  for (int i = 0; i < length; ++i) out[i] = T::nearest(fma(step, z[i], acc[i]));
-}
-
-template <class T>
-void store_stochastic(float step, const float* __restrict z, const float* __restrict acc,
-                      const uint32_t* __restrict bits, int length, typename T::Storage* __restrict out) {
-  for (int i = 0; i < length; ++i) out[i] = T::stochastic(fma(step, z[i], acc[i]), bits[i]);
-}
 
 // Sum of products, which are exact in fp64.
 ZO_INLINE double dot(const float* __restrict x, const float* __restrict z, int runs) {
@@ -57,57 +28,62 @@ template <class T>
 void pass_as(const Pass& pass) {
   using Storage = typename T::Storage;
   auto* const theta = static_cast<Storage*>(pass.theta);
-  alignas(64) float acc[TILE], z[TILE], values[PIECE];
+  alignas(64) float acc[TILE], other[TILE], aside[TILE], z[TILE], values[PIECE];
   alignas(64) uint32_t bits[TILE];
 
   // Theta in acc, and zeros around it up to whole runs.
-  const auto read = [&](const Tile& tile, const Storage* in) {
-    const int end = tile.from + tile.length;
-    memset(acc, 0, sizeof(float) * size_t(tile.from));
-    load<T>(in, tile.length, acc + tile.from);
-    memset(acc + end, 0, sizeof(float) * size_t(tile.runs * RUN - end));
-  };
-  const auto draw = [&](const Tile& tile, uint64_t seed) {
+  const auto read = [&](const Tile& tile, const Storage* in) { load_runs<T>(in, tile, 0, acc); };
+  const auto draw = [&](const Tile& tile, uint64_t seed, const Form& form) {
     make_direction(tile.first, seed, pass.tensor_id, DIRECTION, pass.dist, tile.runs, z);
+    shape(form, aside, tile.runs, z);
   };
-  const auto draw_bits = [&](const Tile& tile, uint64_t seed) {
-    make_bits(tile.first, seed, pass.tensor_id, tile.runs, bits);
-  };
-  const auto store = [&](const Tile& tile, float step, bool stochastic, Storage* out) {
-    if (stochastic)
-      store_stochastic<T>(step, z + tile.from, acc + tile.from, bits + tile.from, tile.length, out);
-    else
-      store_nearest<T>(step, z + tile.from, acc + tile.from, tile.length, out);
+  // The random bits of a rounding, null for one to nearest.
+  const auto draw_bits = [&](const Tile& tile, const uint64_t* seed) -> const uint32_t* {
+    if (!seed || pass.dtype == DType::FLOAT32) return nullptr;
+    make_bits(tile.first, *seed, pass.tensor_id, tile.runs, bits);
+    return bits;
   };
 
   const auto advance = [&](const Tile& tile, int64_t at) {
     const Advance& update = pass.advance;
     const int64_t last = update.count - 1;
-    const bool stochastic = update.rounding_seed && pass.dtype != DType::FLOAT32;
+    open_form(update.form, tile, at, acc, aside);
     if (update.decay) multiply(*update.decay, tile.runs, acc);
+    if (load_mean(update.form, tile, at, z)) multiply_add(update.form.value, z, tile.runs, acc);
     for (int64_t k = 0; k < last; ++k) {
-      draw(tile, update.seeds[k]);
+      draw(tile, update.seeds[k], update.form);
       multiply_add(update.steps[k], z, tile.runs, acc);
     }
-    draw(tile, update.seeds[last]);
-    if (stochastic) draw_bits(tile, *update.rounding_seed);
-    store(tile, update.steps[last], stochastic, theta + at);
+    draw(tile, update.seeds[last], update.form);
+    store<T>(tile, update.steps[last], z, acc, draw_bits(tile, update.rounding_seed), theta + at);
     if (pass.moments || pass.displace.out) read(tile, theta + at);
   };
   const auto project = [&](const Tile& tile) {
     const Project& onto = pass.project;
     for (int64_t k = 0; k < onto.count; ++k) {
-      draw(tile, onto.seeds[k]);
+      draw(tile, onto.seeds[k], Form{});
       onto.sums[k] += dot(acc, z, tile.runs);
     }
   };
   const auto displace = [&](const Tile& tile, int64_t at) {
     const Displace& probe = pass.displace;
-    const bool stochastic = probe.stochastic && pass.dtype != DType::FLOAT32;
-    draw(tile, probe.seed);
-    if (stochastic) draw_bits(tile, probe.seed);
-    store(tile, probe.step, stochastic, static_cast<Storage*>(probe.out) + at);
-    if (probe.mirror) store(tile, -probe.step, stochastic, static_cast<Storage*>(probe.mirror) + at);
+    const int64_t last = probe.count - 1;
+    float* const minus = probe.mirror && (last > 0 || probe.form.kind == FormKind::SHIFTED) ? other : acc;
+    open_form(probe.form, tile, at, acc, aside);
+    if (minus != acc) memcpy(minus, acc, sizeof(float) * size_t(tile.runs * RUN));
+    const auto add = [&](float step) {
+      multiply_add(step, z, tile.runs, acc);
+      if (minus != acc) multiply_add(-step, z, tile.runs, minus);
+    };
+    if (load_mean(probe.form, tile, at, z)) add(probe.form.value);
+    for (int64_t k = 0; k < last; ++k) {
+      draw(tile, probe.seeds[k], probe.form);
+      add(probe.steps[k]);
+    }
+    draw(tile, probe.seeds[last], probe.form);
+    const uint32_t* const random = draw_bits(tile, probe.stochastic ? probe.seeds : nullptr);
+    store<T>(tile, probe.steps[last], z, acc, random, static_cast<Storage*>(probe.out) + at);
+    if (probe.mirror) store<T>(tile, -probe.steps[last], z, minus, random, static_cast<Storage*>(probe.mirror) + at);
   };
 
   Moments moments{};
@@ -135,7 +111,7 @@ void pass(const Pass& pass) {
     pass_as<Float16>(pass);
 }
 
-void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, uint32_t stream, Dist dist) {
+void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist, uint32_t stream) {
   alignas(64) float z[TILE];
   for_tiles(first, count, [&](const Tile& tile) {
     make_direction(tile.first, seed, tensor_id, stream, dist, tile.runs, z);
@@ -154,10 +130,7 @@ void words(uint32_t* out, uint64_t first_group, int64_t groups, uint64_t seed, u
 
 }  // namespace
 
-#define ZO_STRING_OF(name) #name
-#define ZO_STRING(name) ZO_STRING_OF(name)
-#define ZO_JOIN_OF(a, b) a##b
-#define ZO_JOIN(a, b) ZO_JOIN_OF(a, b)
-extern const Kernels ZO_JOIN(kernels_, ZO_ISA){ZO_STRING(ZO_ISA), words, noise, pass};
+void ZO_JOIN(rule_pass_, ZO_ISA)(const RulePass& pass);  // rules.cpp
+extern const Kernels ZO_JOIN(kernels_, ZO_ISA){ZO_STRING(ZO_ISA), words, noise, pass, ZO_JOIN(rule_pass_, ZO_ISA)};
 
 }  // namespace zo

@@ -51,15 +51,32 @@ std::vector<float> steps_of(const Update& update, size_t blocks) {
   return steps;
 }
 
-Advance advance_of(const Update& update, const std::vector<float>& steps, size_t block) {
-  return {update.seeds, &steps[block * size_t(update.count)], update.count, update.decay, update.rounding_seed};
+// The form of a block's directions, from its element `first` on.
+Form form_of(const Forms& forms, size_t block, int64_t first) {
+  if (forms.kind == FormKind::PLAIN) return {};
+  const char* const state =
+      forms.states.empty() ? nullptr : static_cast<const char*>(forms.states[block]) + first * bytes_of(forms.dtype);
+  const float* const value = forms.kind == FormKind::BELOW ? forms.value + block : forms.value;
+  return {forms.kind, forms.dtype, state, value ? *value : 0.0f};
 }
 
-// To be written from element `first` of the outputs on.
-Displace displace_from(const Probe& probe, int64_t first, DType dtype) {
-  const float step = probe.scale ? probe.coef * *probe.scale : probe.coef;
-  const bool nearest = !probe.nearest_above || std::fabs(step) >= *probe.nearest_above;
-  return {at(probe.out, first, dtype), at(probe.mirror, first, dtype), probe.seed, step, !nearest};
+Advance advance_of(const Update& update, const std::vector<float>& steps, const Table::Chunk& chunk) {
+  return {update.seeds, &steps[chunk.block * size_t(update.count)],       update.count, update.decay,
+          update.rounding_seed, form_of(update.forms, chunk.block, chunk.first)};
+}
+
+// fl32(coefs[k] * scale_k).
+std::vector<float> steps_of(const Probe& probe) {
+  std::vector<float> steps(probe.coefs, probe.coefs + probe.count);
+  for (size_t k = 0; probe.scale && k < steps.size(); ++k) steps[k] *= probe.scale[probe.per_direction ? k : 0];
+  return steps;
+}
+
+// From element `first` of theta to element `to` of the outputs.
+Displace displace_of(const Probe& probe, const std::vector<float>& steps, int64_t first, int64_t to, DType dtype) {
+  const bool nearest = !probe.nearest_above || std::fabs(steps[0]) >= *probe.nearest_above;
+  return {at(probe.out, to, dtype), at(probe.mirror, to, dtype), probe.seeds, steps.data(), probe.count, !nearest,
+          form_of(probe.forms, 0, first)};
 }
 
 // The statistics of every block from the moments of the chunks, combined in order.
@@ -124,13 +141,13 @@ void words(uint32_t* out, int64_t groups, uint64_t seed, uint32_t tensor_id, uin
   });
 }
 
-void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint32_t stream, uint64_t start, Dist dist,
+void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_t start, Dist dist, uint32_t stream,
            int threads) {
   const Kernels& kernels = *chosen.load();
   parallel_for(chunks_of(numel), threads, [&](int64_t chunk) {
     const int64_t first = chunk * CHUNK;
-    kernels.noise(out + first, start + uint64_t(first), std::min(CHUNK, numel - first), seed, tensor_id, stream,
-                  dist);
+    kernels.noise(out + first, start + uint64_t(first), std::min(CHUNK, numel - first), seed, tensor_id, dist,
+                  stream);
   });
 }
 
@@ -138,14 +155,47 @@ void axpy(const Table& table, const Update& update, Dist dist, const Stats* stat
   const DefaultFloatingPoint ieee;
   const std::vector<float> steps = steps_of(update, table.blocks.size());
   for_chunks(table, dist, stats, threads,
-             [&](Pass& pass, size_t chunk) { pass.advance = advance_of(update, steps, table.chunks[chunk].block); });
+             [&](Pass& pass, size_t chunk) { pass.advance = advance_of(update, steps, table.chunks[chunk]); });
+}
+
+void update_state(const Table& table, const Ruled& ruled, const Update& update, Dist dist, int threads) {
+  if (ruled.keep && !*ruled.keep) return;
+  const Kernels& kernels = *chosen.load();
+  const DefaultFloatingPoint ieee;
+  const size_t blocks = table.blocks.size();
+  const std::vector<float> steps = steps_of(update, blocks);
+  std::vector<float> weights;
+  if (ruled.rule == Rule::SHIFTED_MEAN) {
+    Update along = update;
+    along.coefs = ruled.numbers + 1;
+    weights = steps_of(along, blocks);
+  }
+  parallel_for(int64_t(table.chunks.size()), threads, [&](int64_t i) {
+    const Table::Chunk& chunk = table.chunks[size_t(i)];
+    const Block& block = table.blocks[chunk.block];
+    RulePass pass{};
+    pass.theta = at(block.data, chunk.first, block.dtype);
+    for (size_t s = 0; s < ruled.states.size(); ++s) pass.states[s] = ruled.states[s][chunk.block] + chunk.first;
+    pass.first = block.offset + uint64_t(chunk.first);
+    pass.count = chunk.count;
+    pass.tensor_id = block.tensor_id;
+    pass.dtype = block.dtype;
+    pass.dist = dist;
+    pass.rule = ruled.rule;
+    pass.numbers = ruled.numbers;
+    if (!weights.empty()) pass.weights = &weights[chunk.block * size_t(update.count)];
+    pass.advance = advance_of(update, steps, chunk);
+    kernels.rule_pass(pass);
+  });
 }
 
 void scratch(const Block& theta, const Probe& probe, Dist dist, const Stats* stats, int threads) {
   const DefaultFloatingPoint ieee;
+  const std::vector<float> steps = steps_of(probe);
   const Table table({theta});
   for_chunks(table, dist, stats, threads, [&](Pass& pass, size_t chunk) {
-    pass.displace = displace_from(probe, table.chunks[chunk].first, theta.dtype);
+    const int64_t first = table.chunks[chunk].first;
+    pass.displace = displace_of(probe, steps, first, first, theta.dtype);
   });
 }
 
@@ -156,12 +206,14 @@ void scratch_rows(const Block& theta, const Rows& rows, const Probe& probe, Dist
                               ", outside theta's " + std::to_string(rows.of) + " rows");
   const Kernels& kernels = *chosen.load();
   const DefaultFloatingPoint ieee;
+  const std::vector<float> steps = steps_of(probe);
   const int64_t together = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, rows.width));
   parallel_for((rows.count + together - 1) / together, threads, [&](int64_t task) {
     const int64_t end = std::min(rows.count, (task + 1) * together);
     for (int64_t i = task * together; i < end; ++i) {
-      Pass pass = pass_over(theta, rows.index[i] * rows.width, rows.width, dist);
-      pass.displace = displace_from(probe, i * rows.width, theta.dtype);
+      const int64_t first = rows.index[i] * rows.width;
+      Pass pass = pass_over(theta, first, rows.width, dist);
+      pass.displace = displace_of(probe, steps, first, i * rows.width, theta.dtype);
       kernels.pass(pass);
     }
   });
@@ -170,11 +222,12 @@ void scratch_rows(const Block& theta, const Rows& rows, const Probe& probe, Dist
 void update_scratch(const Block& theta, const Update& update, const Probe& probe, Dist dist, const Stats* stats,
                     int threads) {
   const DefaultFloatingPoint ieee;
-  const std::vector<float> steps = steps_of(update, 1);
+  const std::vector<float> steps = steps_of(update, 1), next_steps = steps_of(probe);
   const Table table({theta});
   for_chunks(table, dist, stats, threads, [&](Pass& pass, size_t chunk) {
-    pass.advance = advance_of(update, steps, 0);
-    pass.displace = displace_from(probe, table.chunks[chunk].first, theta.dtype);
+    const int64_t first = table.chunks[chunk].first;
+    pass.advance = advance_of(update, steps, table.chunks[chunk]);
+    pass.displace = displace_of(probe, next_steps, first, first, theta.dtype);
   });
 }
 

@@ -57,7 +57,7 @@ def keep_large_buffers() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from zo_finetuner.config import add_flags
+    from zo_finetuner.config import add_flags, add_settings_flag
     from zo_finetuner.learning.command import add_commands
     from zo_finetuner.loading import DTYPES
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--seq", type=int, default=256, help="tokens of every row (default: 256)")
     plan.add_argument("--option-tokens", type=int, help="tokens of an answer (default: 1 in classification, else 16)")
     plan.add_argument("--optimizer", default="mezo")
+    add_settings_flag(plan, "--set", "a setting of the optimizer, NAME=VALUE; as often as needed")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
     plan.add_argument("--device", help="cpu, or a GPU by name (default: the one here, else all that are known)")
@@ -142,11 +143,13 @@ def _eval(arguments: dict[str, Any]) -> None:
 
 
 def _plan(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.config import parse_settings
     from zo_finetuner.plan import make_plan, plan_devices
     from zo_finetuner.plan_report import as_json, report
 
+    settings = parse_settings(arguments.get("set", []))
     asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype")
-    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked})
+    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked}, settings=settings)
     devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
     print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 

@@ -13,11 +13,13 @@ import yaml
 
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
 from zo_finetuner.loading import DTYPES
-from zo_finetuner.optim import METHODS, check_method
+from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
 
 
 def _option(default: Any, help: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -30,12 +32,15 @@ class RunConfig:
     data: str | None = _option(None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's")
     output_dir: str = _option("", "where the run goes")
     optimizer: str = _option("mezo", " or ".join(METHODS))
-    pertnn: str | None = _option(None, "learned nets for zo-finetuner (.safetensors or published .pth); default: fresh")
+    set: dict = _option({}, "a setting of the optimizer, NAME=VALUE; as often as needed (YAML: set: {name: value})")
+    pertnn: str | None = _option(
+        None, "learned scales (.safetensors or published .pth) for zo-finetuner (default: fresh nets) and other methods"
+    )
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
-    lr: float = _option(1e-6, "learning rate")
-    eps: float = _option(1e-3, "size of the perturbation")
+    lr: float | None = _option(None, "learning rate; default: the optimizer's own, MeZO's is 1e-6")
+    eps: float | None = _option(None, "size of the perturbation; default: the optimizer's own, mostly 1e-3")
     seed: int = _option(0, "seed of the directions and of the order of the rows")
     data_seed: int = _option(0, "seed of the sample of train, dev and test rows")
     lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
@@ -61,10 +66,13 @@ class RunConfig:
     save_model: bool = _option(True, "write the best weights to output_dir/model at the end")
 
     def check(self) -> None:
-        """Raise InputError for the first setting that cannot work."""
+        """Raise InputError for the first setting that cannot work.  Rates that are not given become the optimizer's."""
         for name in ("model", "task", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
+        check_method(self.optimizer, self.pertnn or None, self.set)
+        preset = PRESETS[self.optimizer]
+        self.lr, self.eps = _first(self.lr, preset.lr), _first(self.eps, preset.eps)
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
@@ -78,7 +86,6 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        check_method(self.optimizer, self.pertnn or None)
         for name, choices in (("probing", MODES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in choices:
@@ -93,10 +100,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
     for option in dataclasses.fields(RunConfig):
         flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
-        if option.default not in (None, ""):
+        if option.default not in (None, "", dataclasses.MISSING):
             text += f" (default: {option.default})"
         if option.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif option.type == "dict":
+            add_settings_flag(parser, flag, text)
         else:
             parser.add_argument(flag, default=argparse.SUPPRESS, metavar=option.name.upper(), help=text)
 
@@ -113,10 +122,28 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
         if key not in kinds:
             raise InputError(f'{path}: unknown key "{key}"{nearest(key, kinds)}')
     settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
+    if "set" in flags:
+        settings["set"] = settings.get("set", {}) | parse_settings(flags.pop("set"))
     settings |= {k: _convert(v, kinds[k], f"--{k.replace('_', '-')}") for k, v in flags.items()}
     config = RunConfig(**settings)
     config.check()
     return config
+
+
+def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    parser.add_argument(flag, action="append", default=argparse.SUPPRESS, metavar="NAME=VALUE", help=text)
+
+
+def parse_settings(texts: list[str]) -> dict[str, str]:
+    """["beta=0.9", ...] -> {"beta": "0.9", ...}; the last of a name counts.  Raises InputError."""
+    for text in texts:
+        if not text.partition("=")[0] or "=" not in text:
+            raise InputError(f"--set takes NAME=VALUE, got {text!r}")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -145,8 +172,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return None
         kind = options[0]
     try:
-        if kind is bool:
-            if not isinstance(value, bool):
+        if kind in (bool, dict):
+            if not isinstance(value, kind):
                 raise ValueError
             return value
         if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
@@ -155,5 +182,6 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError
         return kind(value)
     except (ValueError, TypeError, OverflowError):
-        names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+        names = {int: "an integer", float: "a number", str: "text", bool: "true or false",
+                 dict: "`name: value` lines"}
         raise InputError(f"{where} must be {names[kind]}, got {value!r}") from None

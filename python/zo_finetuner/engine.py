@@ -2,12 +2,12 @@
 
     ask       the method names probes: (seed, per-block scale, coefficient)             optim/
     evaluate  the loss at theta + coef * scale * z, forward only, for each of them      probing.py, zo_kernels
-    tell      the method turns the losses into coefficients                             optim/
-    apply     theta = round(decay * theta + sum coef * scale * z), one pass             zo_kernels
+    tell      the method turns the losses into coefficients, or asks again              optim/
+    apply     theta = round(decay * theta + sum coef * scale * z), one pass             update.py, zo_kernels
 
 The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
 and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
-the device (coefficient 0, no decay), counted, and reported at the next step.
+the device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
-from zo_finetuner.optim.base import Method, Probe, StepContext, Update
+from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
 from zo_finetuner.step_inputs import StepInputs
+from zo_finetuner.tangent import directional_derivative
+from zo_finetuner.update import guarded
 from zo_kernels import NOISE_VERSION, Blocks, block_stats
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Engine:
         (fp32 weights, adapters), "auto" by dtype.
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
 
-    Raises InputError for eps that is not positive and finite, and what `trainable_blocks` raises.
+    Raises InputError for eps that is not positive and finite, a method whose state does not fit or that cannot be
+    probed so, and what `trainable_blocks` raises.
     """
 
     def __init__(
@@ -62,8 +65,8 @@ class Engine:
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
         self._parameters = [parameters[name] for name in self.blocks.names]
-        method.prepare(self.blocks)
         self.probing = make_probing(probing, model, self.blocks, method)
+        method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
         self.step_count = 0
         self.device = self.blocks.device
@@ -92,29 +95,34 @@ class Engine:
         self.model.eval()  # no dropout: both probes must see the same function
         self.inputs.fill(lr, self.seed, self.step_count)
         context = self._context()
+        before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
         try:
             with phase("ask"):
                 request = self.method.ask(context)
             if self.step_count == 0:
-                self._report_share(request[0])
+                self._report_share(request)
             while not isinstance(request, Update):
                 losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
                 self.probing.rehearse(request, losses, loss_fn)
-                losses = torch.stack(losses)
-                finite = torch.isfinite(losses).all()
+                losses = torch.hstack(losses)
+                finite = finite & torch.isfinite(losses).all()
                 with phase("tell"):
                     request = self.method.tell(losses)
             with phase("update"):
-                self._apply(request, finite)
+                self._apply(request, finite, before)
+                loss = torch.where(finite, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
+            for name, tensor in self.method.kept().items():
+                tensor.copy_(before[name])
             raise
         finally:
             self.model.train(training)
         self.step_count += 1
-        return request.loss
+        return loss
 
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
@@ -131,16 +139,22 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe, following: Probe | None, loss_fn: LossFn) -> Tensor:
+    def _evaluate(self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn) -> Tensor:
+        """A loss, 0-dim; of a `Slope` the loss and a derivative, (2,)."""
+        if isinstance(probe, Slope):
+            with phase("forward"):
+                return directional_derivative(self.model, self.blocks, probe.direction, loss_fn)
         with phase("probe"), self.probing.at(probe, following), phase("forward"):
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
-    def _apply(self, update: Update, finite: Tensor) -> None:
-        # 0 * inf is NaN: a bad step selects coefficient 0, it does not multiply by it.
-        terms = [(direction, torch.where(finite, coef, 0.0)) for direction, coef in update.terms]
+    def _apply(self, update: Update, finite: Tensor, before: dict[str, Tensor]) -> None:
+        """before: the method's memory as it was, which a step that is not finite gets back."""
+        update = guarded(update, finite)
         decay = torch.where(finite, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
-        self.probing.apply(Update(terms, update.loss, update.projected_grad), decay, self.inputs.rounding)
+        self.probing.apply(update, finite, decay, self.inputs.rounding)
+        for name, tensor in self.method.kept().items():
+            tensor.copy_(torch.where(finite, tensor, before[name]))
         self.skipped += ~finite
         self._skipped_copy.copy_(self.skipped, non_blocking=True)
         self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
@@ -153,9 +167,12 @@ class Engine:
             logger.warning("step %d was skipped: a loss was not finite (%d so far)", self.step_count - 1, skipped)
         self._told = skipped
 
-    def _report_share(self, probe: Probe) -> None:
+    def _report_share(self, request: list[Probe] | list[Slope]) -> None:
         """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
-        if self.probing.mode != "inplace" and any(t.dtype != torch.float32 for t in self.blocks.tensors):
+        probe = next((p for p in request if isinstance(p, Probe) and p.direction is not None), None)
+        if probe is None or self.probing.mode == "inplace":
+            return
+        if any(t.dtype != torch.float32 for t in self.blocks.tensors):
             self.realised_share = share = self.probing.realised_share(probe)
             low, middle, high = share.min(), share.median(), share.max()
             logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)

@@ -78,9 +78,7 @@ class ZOTrainerMixin:
         if self._objective is not None:
             sums, weights = zip(*(self._objective(model, batch) for batch in window), strict=True)
             return torch.stack(sums).sum() / torch.stack(weights).sum()
-        losses = [
-            self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch).detach() for batch in window
-        ]
+        losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in window]
         # With num_items_in_batch each loss is already divided by the whole window's number of tokens.
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return torch.stack(losses).sum() if divided else torch.stack(losses).mean()

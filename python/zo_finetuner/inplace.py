@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from zo_finetuner.optim.base import Probe, Update
-from zo_finetuner.update import apply_terms
-from zo_kernels import Blocks, perturb_
+from zo_finetuner.optim.directions import Terms, together
+from zo_finetuner.update import apply_terms, apply_update
+from zo_kernels import Blocks
 
 
 class InPlaceProbing:
     """theta itself is moved.  Between `at()` and `apply()`/`restore()` the weights stay displaced, so that a pair of
-    probes and the update cost three passes over the weights (MeZO's order: four)."""
+    probes and the update cost three passes over the weights (MeZO's order: four), and N probes N + 1: the way back from
+    one and the way to the next are one pass of two directions."""
 
     mode = "inplace"
 
@@ -25,13 +28,9 @@ class InPlaceProbing:
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
-        here = self._displaced
-        if here is not None and here.direction is not probe.direction:
-            self.restore()
-            here = None
-        coef = probe.coef if here is None else probe.coef - here.coef
-        self._displaced = probe
-        perturb_(self.blocks, probe.direction.seed, coef, probe.direction.scale, dist=probe.direction.dist)
+        here, self._displaced = self._displaced, probe
+        for terms in _passes(here, probe):
+            apply_terms(self.blocks, terms)
         yield
 
     def measure(self) -> None:
@@ -42,17 +41,19 @@ class InPlaceProbing:
 
     def restore(self) -> None:
         here, self._displaced = self._displaced, None
-        if here is not None:
-            perturb_(self.blocks, here.direction.seed, -here.coef, here.direction.scale, dist=here.direction.dist)
+        for terms in _passes(here, None):
+            apply_terms(self.blocks, terms)
 
-    def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
-        here, self._displaced = self._displaced, None
-        terms = update.terms
-        if here is not None:
+    def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
+        back = [] if self._displaced is None else _back(self._displaced)
+        if back and update.by is None and update.terms and together([*back, *update.terms]):
             # decay * (theta + c z) - decay * c z: the way back shares the pass, whatever the update's directions are.
-            back = -here.coef if decay is None else -here.coef * decay
-            terms = [(here.direction, back), *terms]
-        apply_terms(self.blocks, terms, decay, rounding_seed)
+            if decay is not None:
+                back = [(direction, coef * decay) for direction, coef in back]
+            update, self._displaced = replace(update, terms=[*back, *update.terms]), None
+        else:  # a state is of the update alone, and a curvature that it changes is that of the way back
+            self.restore()
+        apply_update(self.blocks, update, finite, decay, rounding_seed)
 
     def flush(self) -> None:
         """Nothing to write: updates are in the weights."""
@@ -62,3 +63,18 @@ class InPlaceProbing:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pass
+
+
+def _back(probe: Probe) -> Terms:
+    return [] if probe.direction is None else [(direction, -coef) for direction, coef in probe.terms]
+
+
+def _passes(here: Probe | None, there: Probe | None) -> list[Terms]:
+    """From one place to another: one pass over the weights where one can make both ways, else two, or none."""
+    back = [] if here is None else _back(here)
+    forth = [] if there is None or there.direction is None else there.terms
+    if back and forth and here.direction is there.direction:
+        return [Probe(there.direction, there.coef - here.coef).terms]
+    if back and forth and not together([*back, *forth]):
+        return [back, forth]
+    return [[*back, *forth]]

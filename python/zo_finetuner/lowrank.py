@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.coverage import CoverageCheck
-from zo_finetuner.optim.base import Direction, Probe, Update
+from zo_finetuner.optim.base import Probe, Update
+from zo_finetuner.optim.directions import Direction, Terms
 from zo_finetuner.pending import Factors, Pending
 from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.side_products import SideProduct, side_product
@@ -75,15 +76,17 @@ class LowRankProbing(ScratchProbing):
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
-        direction = probe.direction
-        self.pending.make_room(direction.subspace)
-        factors = self.pending.factors(self._dtype, direction, probe.coef)
+        terms = [] if probe.direction is None else probe.terms
+        if not terms and self._modules:  # what is collected for their weights is seen in copies only
+            self.pending.merge()
+        self.pending.make_room(terms)
+        factors = self.pending.factors(self._dtype, terms)
         self._factors = {f.matrix.block: f for f in factors}
         handles = []
         self.pending.reading = True
         try:
-            self._swap_vectors(probe)
-            for module, (block, product) in self._sides.items():
+            self._swap_vectors(terms)
+            for module, (block, product) in self._sides.items() if factors else ():
                 _, left, right = self._factors[block]
                 hook = functools.partial(_add_product, product, left, right)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -96,12 +99,11 @@ class LowRankProbing(ScratchProbing):
             for handle in handles:
                 handle.remove()
 
-    def _swap_vectors(self, probe: Probe) -> None:
-        if not self._swapped:
+    def _swap_vectors(self, terms: Terms) -> None:
+        if not self._swapped or not terms:
             return
         torch._foreach_copy_(self._copies.tensors, self._vectors.blocks.tensors)
-        direction = self._vectors.direction(probe.direction)
-        apply_terms(self._copies, [(direction, probe.coef)], None, direction.seed)
+        apply_terms(self._copies, self._vectors.terms(terms), None, terms[0][0].seed)
         for parameter, copy in zip(self._swapped, self._copies.tensors, strict=True):
             parameter.data = copy
 
@@ -114,11 +116,11 @@ class LowRankProbing(ScratchProbing):
             return super()._perturb(frame, parameter, block, rows)
         matrix, left, right = self._factors[block]
         out = self._take(frame, parameter, None)
-        seed = self._probe.direction.seed
+        seed = self._probe.terms[0][0].seed
         add_product(parameter.data, left.float(), right.float(), matrix.tensor_id, seed, out=out)
         frame.swap(parameter, out if rows is None else out.index_select(0, rows))
 
-    def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
+    def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
         for direction, coef in update.terms:
             self.pending.add(direction, coef)
         self.pending.rounding.copy_(rounding_seed)
@@ -128,16 +130,13 @@ class LowRankProbing(ScratchProbing):
         else:  # it shrinks every weight at every step
             self.pending.merge(decay)
 
-    def _apply_dense(
-        self, terms: list[tuple[Direction | Held, Tensor]], decay: Tensor | None, rounding_seed: Tensor
-    ) -> None:
+    def _apply_dense(self, terms: Terms, decay: Tensor | None, rounding_seed: Tensor) -> None:
         blocks = self._dense.blocks
         if not len(blocks) or not terms:
             return
         held, coef = terms[0]
         if not isinstance(held, Held):
-            terms = [(self._dense.direction(direction), coef) for direction, coef in terms]
-            return apply_terms(blocks, terms, decay, rounding_seed)
+            return apply_terms(blocks, self._dense.terms(terms), decay, rounding_seed)
         for theta, dense, tensor_id in zip(blocks.tensors, held.dense.split(blocks.numels), blocks.ids, strict=True):
             row = theta.view(1, -1)
             add_product(row, coef.view(1, 1), dense.view(1, -1), tensor_id, rounding_seed, decay=decay)
@@ -170,8 +169,8 @@ class Part:
     def copies(self) -> Blocks:
         return Blocks([(n, t.clone()) for n, t in zip(self.blocks.names, self.blocks.tensors, strict=True)], self.ids)
 
-    def direction(self, whole: Direction) -> Direction:
-        return Direction(whole.seed, self._scale(whole.scale), whole.dist)
+    def terms(self, terms: Terms) -> Terms:
+        return [(Direction(d.seed, self._scale(d.scale), d.dist), coef) for d, coef in terms]
 
     def _scale(self, scale: Tensor | None) -> Tensor | None:
         if scale is None:

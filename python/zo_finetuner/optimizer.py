@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_finetuner.engine import Engine, LossFn
 from zo_finetuner.errors import require_positive
 from zo_finetuner.optim.base import Method
-from zo_finetuner.optim.create import make_method
+from zo_finetuner.optim.create import PRESETS, Preset, make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
 
@@ -86,15 +86,18 @@ def create_zo_optimizer(
     model: nn.Module,
     optimizer: str | Method = "mezo",
     *,
-    lr: float,
-    eps: float = 1e-3,
+    lr: float | None = None,
+    eps: float | None = None,
     seed: int = 0,
     probing: str = "auto",
     weight_decay: float = 0.0,
-    **settings: Any,
+    **arguments: Any,
 ) -> ZOOptimizer:
-    """A `ZOOptimizer` by the method's name, or with a method made before.
+    """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own.
 
-    settings: for a name, what `optim.make_method` takes (pertnn, batch_size, ...)."""
-    method = optimizer if isinstance(optimizer, Method) else make_method(optimizer, model, seed=seed, **settings)
+    arguments: for a name, what `optim.make_method` takes (pertnn, batch_size, settings={"beta": 0.9}, ...)."""
+    named = not isinstance(optimizer, Method)
+    method = make_method(optimizer, model, seed=seed, **arguments) if named else optimizer
+    preset = PRESETS[optimizer] if named else Preset(type(method))
+    lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
     return ZOOptimizer(model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay)

@@ -72,7 +72,8 @@ class PairedProbing(ScratchProbing):
         second = self._pair is not None and probe is self._pair[1]
         if not second:
             self.restore()
-            if following is not None and following.direction is probe.direction and not self.reason:
+            paired = probe.direction is not None and following is not None and following.direction is probe.direction
+            if paired and not self.reason:
                 self._pair = (_mirrored(probe, following), following)
         with super().at(self._pair[0] if self._pair and not second else probe), contextlib.ExitStack() as routes:
             if self._pair is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from zo_finetuner.optim.base import Direction
+from zo_finetuner.optim.directions import Direction, Terms
 from zo_finetuner.rows import unwrap
 from zo_finetuner.subspace import Held, Matrix, Subspace
 from zo_kernels import add_product
@@ -57,10 +57,11 @@ class Pending:
             if not self._guards:
                 self._guard()
 
-    def make_room(self, subspace: Subspace) -> None:
-        """Merge if this subspace, when it is new, would be one too many."""
-        if self._coordinates and subspace not in self._coordinates:
-            if self.rank + subspace.rank > subspace.layout.limit:
+    def make_room(self, terms: Terms) -> None:
+        """Merge if the subspaces of these directions, where they are new, would be too many."""
+        new = {direction.subspace for direction, _ in terms} - self._coordinates.keys()
+        if new and self._coordinates:
+            if self.rank + sum(subspace.rank for subspace in new) > next(iter(new)).layout.limit:
                 self.merge()
 
     def settle(self) -> None:
@@ -68,12 +69,10 @@ class Pending:
         if self._coordinates and self.rank > next(iter(self._coordinates)).layout.limit:
             self.merge()
 
-    def factors(
-        self, dtype: torch.dtype, direction: Direction | None = None, coef: Tensor | None = None
-    ) -> list[Factors]:
-        """Of every matrix, in a dtype: what is collected, and coef * direction on top.  Empty where nothing is."""
+    def factors(self, dtype: torch.dtype, terms: Terms = ()) -> list[Factors]:
+        """Of every matrix, in a dtype: what is collected, and sum coef * direction on top.  Empty where nothing is."""
         groups = dict(self._coordinates)
-        if direction is not None:
+        for direction, coef in terms:
             here, moved = groups.get(direction.subspace), direction.coordinates
             groups[direction.subspace] = moved * coef if here is None else torch.addcmul(here, moved, coef)
         if not groups:

@@ -11,7 +11,7 @@ model waits for them, a CUDA graph does not), evaluation, generation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -22,10 +22,10 @@ from zo_finetuner.devices import GPUS, Device, find_device, present_gpu, probe_c
 from zo_finetuner.encoding import Encoded, collate
 from zo_finetuner.errors import InputError, nearest, require_positive
 from zo_finetuner.loading import empty_model
-from zo_finetuner.optim import ZOFineTuner, check_method, make_method
+from zo_finetuner.optim import Learned, Method, ZOFineTuner, check_method, make_method
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
-from zo_finetuner.probing import MODES
+from zo_finetuner.probing import MODES, require_goes
 from zo_finetuner.rows import forward_accepts, output_head
 from zo_finetuner.scratch import SHARE_SAMPLE
 from zo_finetuner.tasks import get_task
@@ -45,7 +45,7 @@ class Memory:
                  embedding the batch's rows, of the head the candidates' rows or all; paired probing: both signs
     activations  largest sum of tensors alive in a forward before the head
     logits       the same from the head on; activations and logits are not alive together, the larger counts
-    method       nets, scales and statistics per block
+    method       its state for every weight; nets, scales and statistics per block; the direction of a derivative
     tables       of the GPU kernels: 56 bytes a tensor, 16 a chunk of 65,536 elements
     first        besides weights, method and tables in the first step: the growing scratch, the check of its rounding
                  (what the rehearsal of paired probing copies, the logits among it, is not counted)
@@ -129,12 +129,13 @@ def make_plan(
     optimizer: str = "mezo",
     probing: str = "auto",
     dtype: str = "auto",
+    settings: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Predict one step of `source`, a folder with a config.json or a Hub id (of which the config alone is fetched).
 
     batch: rows; seq: tokens of each that are fed, rounded up as `collate` does.  option_tokens: of an answer; default 1
     in classification (one prompt pass scores all candidates), else 16.  Raises InputError."""
-    check_method(optimizer)
+    check_method(optimizer, settings=settings)
     if probing not in MODES:
         raise InputError(f'unknown probing "{probing}"{nearest(probing, MODES)}; there are: {", ".join(MODES)}')
     rows = planned_rows(task, batch, seq, option_tokens)
@@ -145,11 +146,16 @@ def make_plan(
         raise InputError(f"seq {seq} exceeds the {positions} positions of {source}")
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
+    method = _method(optimizer, model, blocks, batch, settings)
+    require_goes(probing, method)
+    if method.low_rank:
+        raise InputError(f"{optimizer} probes by side products, whose memory and time are not predicted: plan mezo, "
+                         f"which needs no less")
     if probing == "auto":
-        probing = "inplace" if kind == torch.float32 else "scratch"
+        probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)
     try:
-        memory, work, largest = _predict(model, blocks, rows, optimizer, probing)
+        memory, work, largest = _predict(model, blocks, rows, method, probing)
     except InputError:
         raise
     except Exception as error:  # code of a model that needs values where there are only shapes fails in its own way
@@ -210,13 +216,21 @@ def planned_rows(task: str, batch: int, seq: int, option_tokens: int | None = No
     return [row(seq)] if batch == 1 else [*[row(seq)] * (batch - 1), row(seq // 2), row(seq - seq // 2)]
 
 
+def _method(
+    name: str, model: nn.Module, blocks: Blocks, batch: int, settings: Mapping[str, Any] | None
+) -> Method:
+    """As it would be made for the model; scales that are learned or measured elsewhere are stood in for."""
+    if name == "closed-form":
+        name = "sigma-one"
+    nets = PertNN.fresh(blocks.names) if name == ZOFineTuner.name else None
+    return make_method(name, model, batch_size=batch, pertnn=nets, settings=settings)
+
+
 def _predict(
-    model: nn.Module, blocks: Blocks, rows: list[Encoded], optimizer: str, probing: str
+    model: nn.Module, blocks: Blocks, rows: list[Encoded], method: Method, probing: str
 ) -> tuple[Memory, Work, str]:
     numel, size = sum(blocks.numels), blocks.tensors[0].element_size()
-    learned = optimizer == ZOFineTuner.name
-    nets = PertNN.fresh(blocks.names) if learned else None
-    method = make_method(optimizer, model, batch_size=len(rows), pertnn=nets)
+    learned = isinstance(method.scales, Learned)
     data = collate(rows, pad_id=0, packed="position_ids" in forward_accepts(model))  # others cannot tell rows apart
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
     if "candidates" in data:
@@ -224,17 +238,30 @@ def _predict(
     batch = {name: tensor.to("meta") for name, tensor in data.items()}
     once = trace_loss(model, batch)
     trained = numel * size
-    work = Work(2, 2 * once.flops, 2 * trained, 2 * once.traffic, 3 * 2 * trained, once.operators)
-    cost, first, scratch, largest = once, 0, 0, ""
-    if probing != "inplace":
+    count = method.forwards
+    cost, first, scratch, largest, along = once, 0, 0, "", 0
+    work = Work(count, count * once.flops, count * trained, count * once.traffic, 2 * (count + 1) * trained,
+                once.operators)  # fmt: skip
+    if method.slopes:  # the direction of all weights, and every tensor of a forward twice
+        along, cost = trained, replace(once, body=2 * once.body, logits=2 * once.logits)
+    elif probing != "inplace":
         probed = trace_probes(model, trainable_blocks(model), batch, probing)
         cost, first, scratch, largest = probed.later, probed.first, probed.scratch, probed.largest
         if size == 2:  # the check of what rounding leaves of a perturbation: four fp64 copies of a sample, and one
             first = max(first, (4 * 8 + size) * min(SHARE_SAMPLE, max(blocks.numels)))
         # One read of the weights makes a copy, or two for both signs; forwards read what was written.
-        forwards, passes = (1, 3) if probing == "paired" else (2, 2 * 2)
-        moved = passes * probed.written + 2 * trained
-        work = Work(forwards, forwards * cost.flops, 2 * probed.written, forwards * cost.traffic, moved, cost.operators)
+        pairs = method.pairs if probing == "paired" else 0
+        alone = count - 2 * pairs
+        work = Work(
+            forwards=pairs + alone,
+            flops=pairs * cost.flops + alone * once.flops,
+            read=count * probed.written,
+            traffic=pairs * cost.traffic + alone * once.traffic,
+            moved=(3 * pairs + 2 * alone) * probed.written + 2 * trained,
+            operators=cost.operators,
+        )
+    state = sum(t.nbytes for states in _states(method) for t in states)
+    work = replace(work, moved=work.moved + 2 * state)
     if learned:
         work = replace(work, moved=work.moved + trained)  # statistics of all weights
     memory = Memory(
@@ -242,7 +269,8 @@ def _predict(
         scratch=scratch,
         activations=cost.body,
         logits=cost.logits,
-        method=sum(t.nbytes for t in _tensors(method)) + len(blocks) * (BLOCK_STATS * learned + 4),
+        method=sum({id(t): t.nbytes for t in _tensors(method)}.values()) + along
+        + len(blocks) * (BLOCK_STATS * learned + 4),
         tables=len(blocks) * 56 + sum(-(-n >> 16) * 16 for n in blocks.numels),
         first=first,
         gradients=trained,
@@ -251,6 +279,11 @@ def _predict(
         inference=held + once.peak,
     )
     return memory, work, largest
+
+
+def _states(method: Method) -> list[list[Tensor]]:
+    """What the update's pass reads and writes besides the weights."""
+    return [tensors for tensors in method.state_dict().values() if isinstance(tensors, list)]
 
 
 def _keep_head_rows(model: nn.Module, count: int) -> None:

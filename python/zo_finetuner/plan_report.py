@@ -55,7 +55,7 @@ def report(plan: Plan, devices: Sequence[Device]) -> str:
         (copies, m.scratch),
         ("activations: most tensors alive at once before the head", m.activations),
         ("logits and loss: the same from the head on (the larger counts)", m.logits),
-        ("method: nets, scales, statistics", m.method),
+        ("method: state of every weight, nets, scales, statistics", m.method),
         ("kernel tables", m.tables),
         ("first step: its scratch grows and its rounding is checked", m.first),
     ]

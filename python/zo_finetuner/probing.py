@@ -31,17 +31,27 @@ PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceP
 MODES = ("auto", *PROBINGS)
 
 
+def require_goes(mode: str, method: Method) -> None:
+    """InputError for a mode in which a method cannot be probed."""
+    if method.low_rank and mode != "auto":
+        raise InputError(f"{method.name} probes by side products of the forward, not {mode}: leave probing auto")
+    if mode == "inplace" and method.scratch_only:
+        raise InputError(f"probing inplace does not go with this method: {method.scratch_only}; use --probing scratch")
+
+
 def make_probing(
     mode: str, model: nn.Module, blocks: Blocks, method: Method | None = None
 ) -> InPlaceProbing | ScratchProbing:
-    """mode "auto": scratch where any trainable weight has 16 bits, else in place.  Paired probing doubles activations
-    and is asked for by name: on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0."""
+    """mode "auto": what the method asks for, else scratch where any trainable weight has 16 bits, else in place.
+    method: None for one that can be probed in every way.  Paired probing doubles activations and is asked for by name:
+    on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0.  Raises InputError."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
-    if method is not None and method.low_rank:
-        if mode != "auto":
-            raise InputError(f"{method.name} probes by side products of the forward, not {mode}: leave probing auto")
+    method = Method() if method is None else method
+    require_goes(mode, method)
+    if method.low_rank:
         return LowRankProbing(model, blocks)
     if mode == "auto":
-        mode = "scratch" if any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
+        any_16 = any(t.dtype != torch.float32 for t in blocks.tensors)
+        mode = "scratch" if method.scratch_only or any_16 else "inplace"
     return PROBINGS[mode](model, blocks)

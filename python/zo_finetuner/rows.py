@@ -25,8 +25,9 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
     order.
 
     Yields whether it does. It is False, and the logits are full, where rows cannot be taken by swapping
-    storage: with gradients enabled (autograd would keep the swapped rows), for a head that is not a plain
-    nn.Linear (LoRA, quantised, parametrised) and for one whose weights are moved in and out by accelerate.
+    storage: with gradients enabled (autograd would keep the swapped rows), while weights are dual numbers
+    (`tangent.py`), for a head that is not a plain nn.Linear (LoRA, quantised, parametrised) and for one whose weights
+    are moved in and out by accelerate.
     See `objective.candidate_logits` for columns in every case.
 
     The ids stand in `head._zo_rows` meanwhile: a scratch prober then perturbs only those rows and swaps them
@@ -35,7 +36,7 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
     """
     head = output_head(model)
     plain = type(head) is nn.Linear and not head.weight.is_meta and not hasattr(head, "_hf_hook")
-    if torch.is_grad_enabled() or not plain:
+    if torch.is_grad_enabled() or not plain or not isinstance(head.weight, nn.Parameter):
         yield False
         return
     ids = token_ids.to(head.weight.device)

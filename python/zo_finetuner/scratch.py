@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from zo_finetuner.coverage import CoverageCheck
 from zo_finetuner.lookup import rows_in_use
 from zo_finetuner.optim.base import Probe, Update
+from zo_finetuner.optim.directions import Anchored
 from zo_finetuner.stack import Frame, ScratchStack
-from zo_finetuner.update import apply_terms
-from zo_kernels import Blocks, draw_noise, scratch, ulp
+from zo_finetuner.update import apply_update
+from zo_kernels import Blocks, scratch, ulp
 
 SHARE_SAMPLE = 1 << 20  # elements of a block that `realised_share` looks at
 
@@ -49,6 +50,9 @@ class ScratchProbing:
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
         """Within it the model computes with the weights of `probe`.  following: the step's next probe, if any."""
+        if probe.direction is None:
+            yield
+            return
         self._probe = probe
         check = contextlib.nullcontext() if self._checked else self._coverage()
         self._own_reads = contextlib.nullcontext if self._checked else check.paused
@@ -101,18 +105,25 @@ class ScratchProbing:
     ) -> None:
         """out = the perturbed theta (or rows of it) of a block, mirror its other sign; theta may be its leading
         elements."""
-        probe, scale = self._probe, self._probe.direction.scale
+        probe = self._probe
+        if isinstance(probe.direction, Anchored):
+            probe.direction.move(theta, out, block, probe.coef, rows)
+            if mirror is not None:
+                probe.direction.move(theta, mirror, block, -probe.coef, rows)
+            return
+        move = probe.stacked
         scratch(
             theta,
             out,
             self.blocks.ids[block],
-            probe.direction.seed,
-            probe.coef,
-            None if scale is None else scale[block],
+            move.seeds,
+            move.coefs,
+            move.scale_of(block),
             mirror=mirror,
             nearest_above=self._nearest_above[block],
             rows=rows,
-            dist=probe.direction.dist,
+            dist=move.dist,
+            form=move.form_of(block, theta),
         )
 
     def _swap_out(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -129,24 +140,22 @@ class ScratchProbing:
     def flush(self) -> None:
         """Nothing to write: updates are in the weights."""
 
-    def apply(self, update: Update, decay: Tensor | None, rounding_seed: Tensor) -> None:
-        apply_terms(self.blocks, update.terms, decay, rounding_seed)
+    def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
+        apply_update(self.blocks, update, finite, decay, rounding_seed)
 
     @torch.no_grad()
     def realised_share(self, probe: Probe, blocks: list[int] | None = None) -> Tensor:
-        """Per block <d, z> / <z, z> of the rounded perturbation d actually made, over at most 2^20 elements of it:
-        (blocks,) fp32, of all or of those numbered.  1 is exact; a small block under stochastic rounding scatters
-        around 1."""
+        """Per block <d, p> / <p, p>, d the rounded perturbation that is made and p the one that is meant, over at most
+        2^20 elements of it: (blocks,) fp32, of all or of those numbered.  1 is exact; a small block under stochastic
+        rounding scatters around 1; NaN where nothing is meant (a mask, a scale of 0)."""
         self._probe = probe
         shares = []
         for b in range(len(self.blocks)) if blocks is None else blocks:
             theta = self.blocks.tensors[b].reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
-            z = draw_noise(theta.numel(), probe.direction.seed, self.blocks.ids[b], dist=probe.direction.dist).double()
-            scale = probe.direction.scale
-            step = probe.coef.double() * (1.0 if scale is None else scale[b].double())
-            shares.append(((out.double() - theta.double()) * z).sum() / (step * (z * z).sum()))
+            meant = probe.stacked.displacement(theta, self.blocks.ids[b], b).double()
+            shares.append(((out.double() - theta.double()) * meant).sum() / (meant * meant).sum())
         return torch.stack(shares).float()
 
     def state_dict(self) -> dict[str, Tensor]:

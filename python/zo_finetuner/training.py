@@ -32,6 +32,7 @@ from zo_finetuner.isolation import can_pack
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
+from zo_finetuner.probing import require_goes
 from zo_finetuner.tasks import Task, get_task
 from zo_finetuner.tasks.templates import Row
 
@@ -72,8 +73,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
     method = make_method(
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
-        pertnn=config.pertnn,
+        pertnn=config.pertnn, settings=config.set,
     )
+    require_goes(config.probing, method)
 
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)

@@ -6,15 +6,21 @@ fp32 polynomials (csrc/normal.h).  `torch.get_num_threads()` threads share the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch  # before _C, so that both use one OpenMP runtime
 from torch import Tensor
 
 from zo_kernels import _C
 from zo_kernels.blocks import DTYPES, Blocks, BlockStats
+from zo_kernels.forms import KINDS, Form
 from zo_kernels.noise import DIRECTION, DISTRIBUTIONS
+from zo_kernels.rules import RULES
 
 _DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
 _DIST = {dist: index for index, dist in enumerate(DISTRIBUTIONS)}
+_KIND = {kind: index for index, kind in enumerate(KINDS, 1)}
+_RULE = {rule: index for index, rule in enumerate(RULES)}
 
 
 def isa() -> str:
@@ -54,9 +60,27 @@ def _table(blocks: Blocks) -> tuple[_C.Table, list[Tensor]]:
     return _native(blocks, contiguous), contiguous
 
 
+def _write_back(blocks: Blocks, contiguous: list[Tensor]) -> None:
+    """What was written to the contiguous copies of `_table`."""
+    if contiguous:
+        for tensor, written in zip(blocks.tensors, contiguous, strict=True):
+            if written is not tensor:
+                tensor.copy_(written)
+
+
 def _block(theta: Tensor, tensor_id: int) -> _C.Block:
     _require_cpu(theta.device)
     return _C.Block(theta.data_ptr(), theta.numel(), 0, tensor_id, _DTYPE[theta.dtype])
+
+
+def _forms(form: Form | None) -> _C.Forms | None:
+    """Of a list, or of one tensor."""
+    if form is None:
+        return None
+    states = form.state
+    states = [] if states is None else [states] if isinstance(states, Tensor) else states
+    dtype = _DTYPE[states[0].dtype] if states else 0
+    return _C.Forms(_KIND[form.kind], dtype, [state.data_ptr() for state in states], _pointer(form.value))
 
 
 def _update(
@@ -66,6 +90,7 @@ def _update(
     per_direction: bool,
     decay: Tensor | None,
     rounding_seed: Tensor | None,
+    form: Form | None = None,
 ) -> _C.Update:
     return _C.Update(
         seeds.data_ptr(),
@@ -75,14 +100,30 @@ def _update(
         per_direction,
         _pointer(decay),
         _pointer(rounding_seed),
+        _forms(form),
     )
 
 
 def _probe(
-    out: Tensor, mirror: Tensor | None, seed: Tensor, coef: Tensor, scale: Tensor | None, nearest_above: Tensor | None
+    out: Tensor,
+    mirror: Tensor | None,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    nearest_above: Tensor | None,
+    form: Form | None = None,
 ) -> _C.Probe:
-    pointers = (_pointer(tensor) for tensor in (out, mirror, seed, coef, scale, nearest_above))
-    return _C.Probe(*pointers)
+    return _C.Probe(
+        out.data_ptr(),
+        _pointer(mirror),
+        seeds.data_ptr(),
+        coefs.data_ptr(),
+        seeds.numel(),
+        _pointer(scale),
+        scale is not None and scale.dim() == 1,
+        _pointer(nearest_above),
+        _forms(form),
+    )
 
 
 def _stats(stats: BlockStats | None) -> _C.Stats | None:
@@ -99,7 +140,7 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
 def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
     _require_cpu(seed.device)
     threads = torch.get_num_threads()
-    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, stream, start, _DIST[dist], threads)
+    _C.noise(out.data_ptr(), out.numel(), seed.data_ptr(), tensor_id, start, _DIST[dist], stream, threads)
 
 
 def axpy_(
@@ -111,14 +152,34 @@ def axpy_(
     rounding_seed: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
     table, contiguous = _table(blocks)
-    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed)
+    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed, form)
     _C.axpy_(table, update, _DIST[dist], _stats(stats), torch.get_num_threads())
-    if contiguous:
-        for tensor, written in zip(blocks.tensors, contiguous, strict=True):
-            if written is not tensor:
-                tensor.copy_(written)
+    _write_back(blocks, contiguous)
+
+
+def update_state_(
+    blocks: Blocks,
+    rule: str,
+    states: Sequence[Sequence[Tensor]],
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    numbers: Tensor,
+    form: Form | None,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+    keep: Tensor | None,
+    dist: str,
+) -> None:
+    table, contiguous = _table(blocks)
+    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed, form)
+    pointers = [[state.data_ptr() for state in of_blocks] for of_blocks in states]
+    ruled = _C.Ruled(_RULE[rule], pointers, numbers.data_ptr(), _pointer(keep))
+    _C.update_state_(table, ruled, update, _DIST[dist], torch.get_num_threads())
+    _write_back(blocks, contiguous)
 
 
 def scratch(
@@ -126,16 +187,17 @@ def scratch(
     out: Tensor,
     mirror: Tensor | None,
     tensor_id: int,
-    seed: Tensor,
-    coef: Tensor,
+    seeds: Tensor,
+    coefs: Tensor,
     scale: Tensor | None,
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
     block, kind, threads = _block(theta, tensor_id), _DIST[dist], torch.get_num_threads()
-    probe = _probe(out, mirror, seed, coef, scale, nearest_above)
+    probe = _probe(out, mirror, seeds, coefs, scale, nearest_above, form)
     if rows is None:
         _C.scratch(block, probe, kind, _stats(stats), threads)
     else:

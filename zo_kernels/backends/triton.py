@@ -15,7 +15,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zo_kernels.backends import reference
 from zo_kernels.blocks import Blocks, BlockStats
+from zo_kernels.forms import Form
 from zo_kernels.noise import DIRECTION
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
@@ -117,7 +119,10 @@ def axpy_(
     rounding_seed: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
+    if form is not None:
+        return reference.axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, stats, form)
     if not len(blocks):
         return
     tables, count = _tables(blocks), seeds.shape[0]
@@ -210,15 +215,20 @@ def scratch(
     out: Tensor,
     mirror: Tensor | None,
     tensor_id: int,
-    seed: Tensor,
-    coef: Tensor,
+    seeds: Tensor,
+    coefs: Tensor,
     scale: Tensor | None,
     nearest_above: Tensor | None,
     rows: Tensor | None,
     dist: str,
     stats: BlockStats | None,
+    form: Form | None = None,
 ) -> None:
-    probe = (seed, coef, scale, nearest_above)
+    if form is not None or seeds.numel() > 1:
+        return reference.scratch(
+            theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, stats, form
+        )
+    probe = (seeds, coefs, scale, nearest_above)
     _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats)
 
 
@@ -267,6 +277,9 @@ def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, s
         if dots is not None:
             sum_kernel[(len(blocks), count)](dots, tables.chunks, tables.blocks, out, LANES=LANES, **LAUNCH)
         _finish(stats, partial, tables.blocks)
+
+
+update_state_ = reference.update_state_
 
 
 def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:

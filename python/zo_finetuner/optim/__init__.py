@@ -1,16 +1,22 @@
 """Methods as small ask/tell classes; one file per family, one line in the table of `create`."""
 
-from zo_finetuner.optim.base import Direction, Method, Probe, StepContext, Update
-from zo_finetuner.optim.create import METHODS, check_method, make_method
-from zo_finetuner.optim.finetuner import ZOFineTuner
+from zo_finetuner.optim.base import Combination, Direction, Method, Probe, Slope, StepContext, Update
+from zo_finetuner.optim.composed import Composed
+from zo_finetuner.optim.create import METHODS, PRESETS, check_method, make_method
+from zo_finetuner.optim.finetuner import Learned, ZOFineTuner
 from zo_finetuner.optim.mezo import MeZO
 
 __all__ = [
     "METHODS",
+    "PRESETS",
+    "Combination",
+    "Composed",
     "Direction",
+    "Learned",
     "MeZO",
     "Method",
     "Probe",
+    "Slope",
     "StepContext",
     "Update",
     "ZOFineTuner",

@@ -1,10 +1,11 @@
 """The ask/tell contract between methods and the engine.
 
-A method never sees a weight.  It names directions by small descriptions, asks for losses at theta + coef * scale * z,
-and answers with the coefficients of an update.  The engine owns weights, noise and forwards.
+A method never touches a weight.  It names directions by small descriptions, asks for losses at theta + coef * scale *
+z, and answers with the coefficients of an update.  The engine owns weights, noise and forwards.
 
-    ask(context)  -> [Probe, ...]
-    tell(losses)  -> Update, or another [Probe, ...] for methods of several rounds
+    start(blocks)   once: what it keeps is allocated
+    ask(context)    -> [Probe, ...]
+    tell(losses)    -> Update, or another [Probe, ...] for methods of several rounds
 
 Everything numeric is a tensor on the device, so a method costs the step no wait for the host.
 """
@@ -18,45 +19,63 @@ from typing import Any
 
 from torch import Tensor
 
-from zo_finetuner.subspace import Held, Subspace
+from zo_finetuner.errors import InputError
+from zo_finetuner.optim.directions import Anchored, Combination, Direction, Stacked, Terms
 from zo_kernels import Blocks, BlockStats
+
+__all__ = ["Combination", "Direction", "Method", "Part", "Probe", "RuleStep", "Slope", "StepContext", "Update"]
 
 
 @dataclass(frozen=True, eq=False)
-class Direction:
-    """scale_b * z_b, z from `zo_kernels.noise` at `seed` (0-dim int64: the bits of an unsigned one).  scale: (blocks,)
-    fp32, None for ones.  Compared by identity: two probes of one direction hold the same object.
+class Probe:
+    """Evaluate the loss at theta + coef * direction; direction None: at theta.  coef: 0-dim fp32."""
 
-    subspace: of a low-rank direction (`zo_finetuner.subspace`), in which z_b of a matrix has few coordinates."""
+    direction: Direction | Combination | Anchored | None
+    coef: Tensor | None = None
 
-    seed: Tensor
-    scale: Tensor | None = None
-    dist: str = "normal"
-    subspace: Subspace | None = None
+    @property
+    def terms(self) -> Terms:
+        """Of a Direction or a Combination."""
+        if isinstance(self.direction, Combination):
+            return [(direction, self.coef * weight) for direction, weight in self.direction.terms]
+        return [(self.direction, self.coef)]
 
     @cached_property
-    def coordinates(self) -> Tensor:
-        """Of a low-rank direction, scales included: flat fp32, drawn once for its probes and its update."""
-        return self.subspace.layout.draw(self.seed, self.scale, self.dist)
+    def stacked(self) -> Stacked:
+        return Stacked.of(self.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """Evaluate the loss at theta and its derivative along the direction, exactly: two numbers (`tangent.py`)."""
+
+    direction: Direction
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Evaluate the loss at theta + coef * direction.  coef: 0-dim fp32."""
+class RuleStep:
+    """An update by one of `zo_kernels.RULES`: its states (for each a tensor per block) and numbers."""
 
-    direction: Direction
-    coef: Tensor
+    rule: str
+    states: list[list[Tensor]]
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
 class Update:
-    """theta += sum coef * direction over `terms`; one scale and distribution for all terms.
+    """theta += sum coef * direction over `terms` (one distribution and form); with `by`, what its rule makes of the
+    terms, whose coefficients are then an estimate of the gradient.
 
-    loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs."""
+    loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs.
+    mean: a direction policy's mean, moved by its own terms afterwards.  anchored: instead of terms, theta moves as it
+    says at coefficient 0."""
 
-    terms: list[tuple[Direction | Held, Tensor]]
+    terms: Terms
     loss: Tensor
     projected_grad: Tensor
+    by: RuleStep | None = None
+    mean: tuple[Blocks, Terms] | None = None
+    anchored: Anchored | None = None
 
 
 @dataclass(frozen=True)
@@ -73,37 +92,69 @@ class StepContext:
 
 
 @dataclass
-class Method:
-    """Base of all methods.  forwards: losses that a step asks for; directions: seeds that it needs.
+class Part:
+    """A piece of a method, or a method.  Its fields with a number or a text for a default are its settings.
 
-    What a method keeps from step to step it writes in place (`copy_`), and it keeps no number on the host: a step that
-    was captured into a CUDA graph goes on where the one before ended."""
+    memory: small tensors kept from step to step.  The engine gives them back after a skipped step.
+    states: for each name a tensor per block, written by kernels, which leave them alone in a skipped step.
+    Both are made in `start` and written in place: a step that was captured into a CUDA graph goes on where the one
+    before ended, and no number that changes is kept on the host."""
+
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    states: dict[str, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def start(self, blocks: Blocks) -> None:
+        """Make what is kept for these blocks, on their device.  Raises InputError where it does not fit."""
+
+
+@dataclass
+class Method(Part):
+    """Base of all methods.  forwards: losses that a step asks for, pairs: how many pairs of them are of one direction
+    with both signs; directions: seeds that it needs.
+
+    slopes: it asks for derivatives (`Slope`) and not for probes; each counts as two forwards.
+
+    scratch_only: why its probes cannot be made in place, "" where they can.
+    low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
+    uniform: every step asks for the same probes (a captured step may stand for all)."""
 
     name = "method"
     forwards = 0
+    pairs = 0
     directions = 1
-    low_rank = False  # its directions have subspaces: probes are side products, and no other mode of probing
+    slopes = False
+    scratch_only = ""
+    low_rank = False
+    uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def prepare(self, blocks: Blocks) -> None:
-        """Once, before the first step: the blocks that it will work on.  Raises InputError where they do not fit."""
-
-    def ask(self, context: StepContext) -> list[Probe]:
+    def ask(self, context: StepContext) -> list[Probe] | list[Slope]:
         raise NotImplementedError
 
     def tell(self, losses: Tensor) -> Update | list[Probe]:
         """losses: (probes,) fp32 in the order asked."""
         raise NotImplementedError
 
+    def prepare(self, blocks: Blocks) -> None:
+        """`start` for these blocks, unless that is done.  What is made of weights is made of them as they are now."""
+        place = (blocks.names, blocks.addresses, blocks.device)
+        if self.__dict__.get("_place") != place:
+            self.__dict__["_place"] = place
+            self.start(blocks)
+
+    def kept(self) -> dict[str, Tensor]:
+        """Everything in memory, of parts too."""
+        return dict(self.memory)
+
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {**self.kept(), **self.states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{self.name} keeps no state, got {sorted(state)}")
-
-
-def central_difference(direction: Direction, lr: Tensor, eps: Tensor, losses: Tensor) -> Update:
-    """The two-point estimator (SPSA; MeZO, arXiv 2305.17333, Alg. 1): g = (l+ - l-) / 2 eps, step -lr * g along z."""
-    projected_grad = (losses[0] - losses[1]) / (2 * eps)
-    return Update([(direction, -lr * projected_grad)], losses.mean(), projected_grad)
+        mine = self.state_dict()
+        if state.keys() != mine.keys():
+            raise InputError(f"cannot resume: the run's {self.name} kept {', '.join(sorted(state)) or 'nothing'}, this "
+                             f"one keeps {', '.join(sorted(mine)) or 'nothing'}: give the run's settings")
+        for name, value in mine.items():
+            pairs = zip(value, state[name], strict=True) if isinstance(value, list) else [(value, state[name])]
+            for own, saved in pairs:
+                own.copy_(saved)

@@ -1,22 +1,78 @@
-"""A method by its name, ready for a model: what the command line, the Trainer mixin and `create_zo_optimizer` share."""
+"""A method by its name, ready for a model: what the command line, the Trainer mixin and `create_zo_optimizer` share.
+
+A name stands for a kind of method, what its parts are, and the rates of the paper's scripts (for full fine-tuning where
+they tell).  A new method takes a file, and a line here.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.optim.base import Method
+from zo_finetuner.optim.composed import Composed
+from zo_finetuner.optim.conservative import Conservative
+from zo_finetuner.optim.dizo import DiZO
 from zo_finetuner.optim.finetuner import ZOFineTuner
-from zo_finetuner.optim.learned import make_finetuner, make_fixed
-from zo_finetuner.optim.low_rank import LOZO, LowRankES, LOZOMomentum, SubZero, make_low_rank
+from zo_finetuner.optim.fixed_scales import FixedScales
+from zo_finetuner.optim.hizoo import HiZOO
+from zo_finetuner.optim.ldsd import LDSD
+from zo_finetuner.optim.learned import constant_scales, learned_scales, ones
+from zo_finetuner.optim.low_rank import LowRank, LowRankMomentum
 from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.optim.settings import build, reason
+from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.scale_net import ScaleNet
+
+
+@dataclass(frozen=True)
+class Preset:
+    """lr, eps: where none are given.  settings: that differ from the kind's defaults."""
+
+    kind: type[Method]
+    lr: float = 1e-6
+    eps: float = 1e-3
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    "mezo": Preset(MeZO),
+    "zo-finetuner": Preset(ZOFineTuner),
+    "sigma-one": Preset(FixedScales),
+    "closed-form": Preset(FixedScales),
+    "ldsd-sgd": Preset(LDSD, lr=1e-3),
+    "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}),
+    "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}),
+    "zo-momentum": Preset(Composed, settings={"rule": "momentum"}),
+    "zo-adam": Preset(Composed, settings={"rule": "adam"}),
+    "zo-adamm": Preset(Composed, lr=1e-3, settings={"rule": "adamm"}),
+    "zo-sign": Preset(Composed, settings={"rule": "sign"}),
+    "zo-conservative": Preset(Conservative),
+    "hizoo": Preset(HiZOO),
+    "fzoo": Preset(
+        Composed, lr=5e-5, eps=1e-4,
+        settings={"dist": "rademacher", "estimator": "one-sided", "probes": 8, "spread": True},
+    ),
+    "sparse-mezo": Preset(Composed, settings={"subset": "small"}),
+    "mezo-gv": Preset(Composed, settings={"estimator": "guided"}),
+    "bszo": Preset(Composed, lr=1e-7, eps=1e-4, settings={"estimator": "bayesian"}),
+    "dizo": Preset(DiZO),
+    "es": Preset(
+        Composed, lr=5e-4, settings={"estimator": "one-sided", "probes": 30, "baseline": "mean", "spread": True}
+    ),
+    "lozo": Preset(LowRank),
+    "lozo-m": Preset(LowRankMomentum),
+    "subzero": Preset(LowRank, settings={"rank": 8, "period": 1000, "two_sided": True}),
+    "es-lowrank": Preset(LowRank, settings={"rank": 1, "period": 0, "limit": 16, "probes": 4}),
+    "forward-grad": Preset(Composed, lr=5e-7, settings={"estimator": "slope"}),
+}  # fmt: skip
+METHODS = tuple(PRESETS)
 
 
 def make_method(
@@ -27,42 +83,34 @@ def make_method(
     seed: int = 0,
     pertnn: str | os.PathLike | PertNN | ScaleNet | None = None,
     normalize: bool = True,
-    dist: str = "normal",
+    dist: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Method:
     """name: one of METHODS.  batch_size: examples per step, all micro-batches and ranks together (it sets the
-    embedding's share of the perturbation).  pertnn: learned nets or scales, a file of them, or None; "zo-finetuner"
-    without them has fresh random nets (seeded with `seed`), which are a control and not a learned optimizer.
-    Blocks whose learned scale is exactly zero are frozen.  settings: fields of a low-rank method (rank, period, ...) by
-    name.  Raises InputError."""
-    check_method(name, pertnn)
-    return _MAKERS[name](
-        model, batch_size=batch_size, seed=seed, pertnn=pertnn, normalize=normalize, dist=dist, settings=settings or {}
-    )
+    embedding's share of the perturbation).  pertnn: learned nets or scales, a file of them, or None; they go with every
+    method that does not scale by itself.  "zo-finetuner" without them has fresh random nets (seeded with `seed`), which
+    are a control and not a learned optimizer.  Blocks whose learned scale is exactly zero are frozen.
+    settings: of the method and its parts (`optim.settings`); dist is one of them.  Raises InputError."""
+    given = {**(settings or {}), **({} if dist is None else {"dist": dist})}
+    check_method(name, pertnn, given)
+    method = build(name, PRESETS[name].kind, PRESETS[name].settings, given)
+    if name == "sigma-one":
+        method.scales = ones(model)
+    elif name == "closed-form":
+        method.scales = constant_scales(name, model, pertnn, batch_size)
+    elif name == ZOFineTuner.name or pertnn is not None:
+        method.scales = learned_scales(model, pertnn, batch_size, seed, normalize)
+    method.prepare(trainable_blocks(model))
+    return method
 
 
-def check_method(name: str, pertnn: Any = None) -> None:
-    """InputError for an unknown name, and for nets given to a method that has none."""
-    if name not in _MAKERS:
-        raise InputError(f'unknown optimizer "{name}"{nearest(name, _MAKERS)}; there are: {", ".join(_MAKERS)}')
-    if pertnn is not None and name not in (ZOFineTuner.name, "closed-form", *_SCALED):
-        raise InputError(f"pertnn is given, but {name} has no nets: use --optimizer {ZOFineTuner.name}")
-
-
-def _finetuner(model: nn.Module, *, settings: Mapping[str, Any], **arguments: Any) -> Method:
-    return make_finetuner(model, **arguments)
-
-
-def _mezo(model: nn.Module, *, dist: str, **_: Any) -> Method:
-    return MeZO(dist=dist)
-
-
-_MAKERS = {
-    MeZO.name: _mezo,
-    ZOFineTuner.name: _finetuner,
-    "sigma-one": partial(make_fixed, name="sigma-one"),
-    "closed-form": partial(make_fixed, name="closed-form"),
-    **{kind.name: partial(make_low_rank, kind) for kind in (LOZO, LOZOMomentum, SubZero, LowRankES)},
-}
-_SCALED = tuple(kind.name for kind in (LOZO, LOZOMomentum, SubZero))  # nets may scale their directions
-METHODS = tuple(_MAKERS)
+def check_method(name: str, pertnn: Any = None, settings: Mapping[str, Any] | None = None) -> None:
+    """InputError for an unknown name, for settings that it does not have or that cannot work, and for nets given to a
+    method that takes none."""
+    if name not in PRESETS:
+        raise InputError(f'unknown optimizer "{name}"{nearest(name, PRESETS)}; there are: {", ".join(PRESETS)}')
+    preset = PRESETS[name]
+    build(name, preset.kind, preset.settings, settings or {})
+    if pertnn is not None and (name == "sigma-one" or "scales" in getattr(preset.kind, "fixed", {})):
+        why = "all its scales are one" if name == "sigma-one" else reason(preset.kind, "scales")
+        raise InputError(f"pertnn is given, but {name} has no nets: {why}")

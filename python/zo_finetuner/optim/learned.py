@@ -1,19 +1,17 @@
-"""Methods whose scales come from a file of `zo learn`, from the published networks, or from an untrained network."""
+"""Scale policies from a file of `zo learn`, from the published networks, or from an untrained network."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_finetuner.cards import Card, fingerprint, same_shapes
 from zo_finetuner.errors import InputError
-from zo_finetuner.optim.base import Method
-from zo_finetuner.optim.finetuner import ZOFineTuner
-from zo_finetuner.optim.fixed_scales import FixedScales
+from zo_finetuner.optim.finetuner import Learned
+from zo_finetuner.optim.scales import Constant
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN, budget, normalizer
 from zo_finetuner.pertnn_io import load_pertnn
@@ -25,11 +23,9 @@ logger = logging.getLogger(__name__)
 Scales = PertNN | ScaleNet | str | os.PathLike | None
 
 
-def make_finetuner(
-    model: nn.Module, *, batch_size: int, seed: int, pertnn: Scales, normalize: bool, dist: str
-) -> Method:
-    """The learned optimizer.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is exactly zero
-    are frozen (`requires_grad_(False)`): no probe, no update, no time."""
+def learned_scales(model: nn.Module, pertnn: Scales, batch_size: int, seed: int, normalize: bool) -> Learned:
+    """The learned optimizer's policy.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is
+    exactly zero are frozen (`requires_grad_(False)`): no probe, no update, no time."""
     nets = None if pertnn is None else _load(pertnn, model)
     if isinstance(nets, ScaleNet):
         freeze(model, nets.skipped())
@@ -38,24 +34,27 @@ def make_finetuner(
         logger.warning("no PertNN file: the nets are freshly initialised (seed %d), a control, not learned", seed)
         nets = PertNN.fresh(blocks.names, seed=seed)
     nets = nets.select(blocks.names).to(blocks.device)
-    return ZOFineTuner(nets, share_of(model, blocks, batch_size) if normalize else None, dist=dist)
+    return Learned(nets, share_of(model, blocks, batch_size) if normalize else None)
 
 
-def make_fixed(model: nn.Module, *, name: str, batch_size: int, pertnn: Scales, dist: str, **_: Any) -> Method:
-    """"sigma-one", or "closed-form" with the scales of a file (or a ScaleNet) that `zo learn` made."""
-    if name == "sigma-one":
-        blocks = trainable_blocks(model)
-        return FixedScales(torch.ones(len(blocks), device=blocks.device), name, dist)
+def ones(model: nn.Module) -> Constant:
+    """A scale of one for every block."""
+    blocks = trainable_blocks(model)
+    return Constant(torch.ones(len(blocks), device=blocks.device))
+
+
+def constant_scales(name: str, model: nn.Module, pertnn: Scales, batch_size: int) -> Constant:
+    """The scales of a file (or a ScaleNet) that `zo learn --recipe closed-form` made."""
     if pertnn is None:
         raise InputError(f"{name} needs its scales: `zo learn --recipe closed-form` measures them; give --pertnn FILE")
     nets = _load(pertnn, model)
     if not isinstance(nets, ScaleNet) or bool(nets.w2.count_nonzero()):
-        raise InputError(f"{nets.source}: holds networks, not constant scales: use --optimizer {ZOFineTuner.name}")
+        raise InputError(f"{nets.source}: holds networks, not constant scales: use --optimizer zo-finetuner")
     freeze(model, nets.skipped())
     blocks = trainable_blocks(model)
     nets = nets.select(blocks.names).to(blocks.device)
     sigma = nets.kept * nets.log_base.detach().exp()
-    return FixedScales((normalizer(sigma, share_of(model, blocks, batch_size)) * sigma).float(), name, dist)
+    return Constant((normalizer(sigma, share_of(model, blocks, batch_size)) * sigma).float())
 
 
 def share_of(model: nn.Module, blocks: Blocks, batch_size: int) -> Tensor:

@@ -3,30 +3,18 @@
     l+- = f(theta +- eps z),   g = (l+ - l-) / 2 eps,   theta -= lr g z
 
 State: none.  Forwards per step: 2.  Deviation from the published code: the logged loss is (l+ + l-)/2, not l+.
+It is the composition of all defaults, and a setting away from it are n-SPSA (`--set probes=4`), momentum and so on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from zo_finetuner.optim.base import Direction, Method, Probe, StepContext, Update, central_difference
+from zo_finetuner.optim.composed import Composed
 
 
 @dataclass
-class MeZO(Method):
-    """dist: "normal" as published, or "rademacher" (the same estimator quality in high dimension)."""
+class MeZO(Composed):
+    name: str = "mezo"
 
-    dist: str = "normal"
-
-    name = "mezo"
-    forwards = 2
-
-    def ask(self, context: StepContext) -> list[Probe]:
-        self._context = context
-        self._direction = Direction(context.seed(0), dist=self.dist)
-        return [Probe(self._direction, context.eps), Probe(self._direction, -context.eps)]
-
-    def tell(self, losses: Tensor) -> Update:
-        return central_difference(self._direction, self._context.lr, self._context.eps, losses)
+    fixed = {"scales": "with scales it is --optimizer zo-finetuner"}
