@@ -14,10 +14,14 @@ from pathlib import Path
 MEASURED = {
     "kernels": ("bench.kernels", "every op against copy bandwidth and torch's operators, on the CPU or a GPU"),
     "step": ("bench.step", "a whole step against MeZO's order of operations and against bare inference"),
+    "train": ("bench.train", "`zo train` itself on OPT-30B's shape: seconds of a step, memory against evaluation"),
+    "loading": ("bench.loading", "host memory that loading a 1B checkpoint takes, against its largest shard"),
+    "plan": ("bench.planned", "what `zo plan` predicts of a step of 1B, 8B and 30B models on an H100 and an H200"),
     "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
     "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
+    "quality": ("bench.quality.command", "learned scales against MeZO and the honest controls, at equal forwards"),
 }
-CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/kernels.png")}
+CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/*.png")}
 
 
 def parse(words: list[str]) -> list[tuple[str, argparse.Namespace]]:

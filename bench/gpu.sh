@@ -4,14 +4,19 @@
 #   bench/gpu.sh kernels|step|quality OUT
 #
 # OUT gets environment.txt, build.log, tests.log, bench.log and the rows, each written when it is measured; of kernels,
-# if there is time, a profile and its trace.json.  Ends within 9 minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part failed, 2 when it
-# could not begin.
+# if there is time, a profile and its trace.json; of step a trace.json, and besides whole steps of 1B, 8B and 30B models
+# a 30B run through `zo train` (train.log) and the host memory of loading 1B from disk (loading.log).  `quality` takes
+# several calls: the first one pretrains a base, those after it learn and deploy on it, each going on where the last one
+# ended.  Ends within 9 minutes, whatever hangs.  Needs no package index and no network.  Exit status: 0, 1 when a part
+# failed, 2 when it could not begin.
 #   ZO_DATA     folder of models and data sets       (default: ../shared)
+#   ZO_BASE     the base model of `quality`          (default: runs/base)
 #   ZO_COMMIT   `git describe --always --dirty` of the origin, where this is a copy and no checkout
 #   PYTHON      the interpreter that has torch       (default: python3)
 set -uo pipefail
 
 readonly LIMIT=535 BUILD_LIMIT=150 TEST_LIMIT=240 # seconds; what is left when the tests end is for the measurements
+readonly LOADING=40                               # of them, to write a checkpoint of 2.5 GB and load it twice
 
 stop() {
   echo "gpu.sh: $1" >&2
@@ -38,7 +43,8 @@ case $suite in
     options=()
     ;;
   step | quality)
-    tests=(tests/test_engine*.py tests/test_probing.py tests/test_"$suite"*.py)
+    tests=(tests/test_engine*.py tests/test_probing.py tests/test_loading.py tests/test_bench_step.py
+      tests/test_"$suite"*.py)
     [ -n "$data" ] || stop "no folder of models and data: set ZO_DATA"
     options=(--shared "$data")
     ;;
@@ -70,7 +76,7 @@ build() {
 : >"$out/build.log"
 : >"$out/tests.log"
 : >"$out/bench.log"
-rm -f "$out/profile.log"
+rm -f "$out"/{profile,train,loading}.log
 {
   date -u
   nvidia-smi
@@ -91,12 +97,36 @@ part tests $TEST_LIMIT tests.log "$python" -m pytest -q -p no:cacheprovider -k "
 tail -n 1 "$out/tests.log"
 
 left=$((LIMIT - SECONDS))
-[ "$suite" != kernels ] || options+=(--budget $((left - 30)))
+base=${ZO_BASE:-runs/base}
+case $suite in
+  kernels) options+=(--budget $((left - 30))) ;;
+  step)
+    # Two fifths of the time are for zo train and for loading; a case begun at the end of its budget may take 30 s more.
+    left=$((left * 3 / 5))
+    options+=(--model-like llama-1b llama-8b opt-30b --tokens 4096 --trace "$out/trace.json" --budget $((left - 30)))
+    ;;
+  quality)
+    if [ -f "$base/pretrain.json" ]; then # the last job to begin has two minutes
+      options+=(--model "$base" --workers 4 --budget "$((left > 150 ? (left - 120) / 60 : 1))")
+    else # two minutes for reading, tokenizing and compiling
+      minutes=$(((left - 120) / 60))
+      options=(--pretrain "$data/corpus" --out-model "$base" --minutes $((minutes < 1 ? 1 : minutes > 5 ? 5 : minutes)))
+    fi
+    ;;
+esac
 part bench $left bench.log "$python" -m bench "$suite" --device cuda --out "$out" ${options[@]+"${options[@]}"}
 tail -n 25 "$out/bench.log"
 left=$((LIMIT - SECONDS))
 if [ "$suite" = kernels ] && [ $left -gt 30 ]; then
   part profile $left profile.log "$python" -m bench.profile --model-like llama-1b --device cuda --out "$out"
+fi
+if [ "$suite" = step ]; then
+  more=(--device cuda --out "$out" --shared "$data")
+  left=$((LIMIT - SECONDS - LOADING))
+  [ $left -lt 10 ] || part train $left train.log "$python" -m bench train "${more[@]}" --budget $((left / 2))
+  left=$((LIMIT - SECONDS))
+  [ $left -lt 10 ] || part loading $left loading.log "$python" -m bench loading "${more[@]}"
+  tail -n 2 "$out/loading.log"
 fi
 
 rows=$(cat "$out"/*.jsonl 2>/dev/null | wc -l)

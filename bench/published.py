@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zo_finetuner.encoding import Encoded, pad_left
 from zo_finetuner.pertnn import PertNN, budget
+from zo_finetuner.phases import phase
 
 Draw = Callable[[str, Tensor], Tensor]
 Noise = Callable[[int], Draw]
@@ -44,17 +45,22 @@ def option_loss(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tenso
     batch = {name: tensor.to(device) for name, tensor in pad_left(sequences, pad_id, 1).items()}
     ids, mask = batch["input_ids"], batch["attention_mask"]
     logits = model(input_ids=ids, attention_mask=mask, position_ids=batch["position_ids"]).logits
+    with phase("loss"):
+        return _option_loss(logits, ids, lengths, rows)
+
+
+def _option_loss(logits: Tensor, ids: Tensor, lengths: Tensor, rows: Sequence[Encoded]) -> Tensor:
     width = ids.shape[1]
     counted = torch.arange(1, width)[None, :] >= width - lengths[:, None]  # padded on the left: options end the rows
-    counted = counted.to(device)
+    counted = counted.to(logits.device)
     logs = F.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-    if not classify:
+    if rows[0].kind != "classification":
         return -(logs * counted).sum() / counted.sum()
     scores = (logs * counted).sum(1) / counted.sum(1)
     losses, at = [], 0
     for row in rows:  # rows may differ in their number of candidates
         own = scores[at : at + len(row.sequences)]
-        losses.append(F.cross_entropy(own[None], torch.tensor(row.labels[:1], device=device)))
+        losses.append(F.cross_entropy(own[None], torch.tensor(row.labels[:1], device=logits.device)))
         at += len(row.sequences)
     return torch.stack(losses).mean()
 
@@ -73,25 +79,32 @@ class PublishedMeZO:
     @torch.no_grad()
     def step(self, loss_fn: Callable[[], Tensor], seed: int) -> tuple[float, float]:
         """The losses at +eps and -eps."""
-        scales = self.scales()
+        with phase("ask"):
+            scales = self.scales()
         self._perturb(seed, 1, scales)
-        loss_pos = loss_fn().item()
+        loss_pos = self._evaluate(loss_fn)
         self._perturb(seed, -2, scales)
-        loss_neg = loss_fn().item()
+        loss_neg = self._evaluate(loss_fn)
         self._perturb(seed, 1, scales)
         projected_grad = (loss_pos - loss_neg) / (2 * self.eps)
-        draw = self.noise(seed)
-        for name, p in self.named:
-            z = draw(name, p)
-            p.data = p.data - self.lr * (projected_grad * (z if scales is None else scales[name] * z))
+        with phase("update"):
+            draw = self.noise(seed)
+            for name, p in self.named:
+                z = draw(name, p)
+                p.data = p.data - self.lr * (projected_grad * (z if scales is None else scales[name] * z))
         self.finished(loss_pos, loss_neg)
         return loss_pos, loss_neg
 
     def _perturb(self, seed: int, factor: int, scales: dict[str, float] | None) -> None:
-        draw = self.noise(seed)
-        for name, p in self.named:
-            z = draw(name, p)
-            p.data = p.data + factor * (z if scales is None else scales[name] * z) * self.eps
+        with phase("probe"):
+            draw = self.noise(seed)
+            for name, p in self.named:
+                z = draw(name, p)
+                p.data = p.data + factor * (z if scales is None else scales[name] * z) * self.eps
+
+    def _evaluate(self, loss_fn: Callable[[], Tensor]) -> float:
+        with phase("forward"):
+            return loss_fn().item()
 
     def finished(self, loss_pos: float, loss_neg: float) -> None:
         """What a method keeps of a step's losses."""

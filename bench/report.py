@@ -1,6 +1,6 @@
-"""`python -m bench report`: the newest row of each key -> the README's tables and results/kernels.png.
+"""`python -m bench report`: the newest row of each key -> the README's tables, and the pictures in results.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` (NAMEs: `tables.TABLES`), and is replaced as a
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` (NAMEs: `TABLES`), and is replaced as a
 whole; what has no markers is not written.
 """
 
@@ -9,11 +9,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from bench import tables
+from bench.quality import picture as quality_picture
+from bench.quality.verdict import table as quality
 from bench.rows import newest, read
-from bench.tables import TABLES, Row
+from bench.step_tables import step
+from bench.tables import Row
 
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance, "quality": quality,
+}  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 
 
@@ -55,8 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         return int(before != after)
     if before != after:
         arguments.readme.write_text(after, encoding="utf-8")
-    from bench.picture import draw
+    from bench import picture, step_picture
 
-    draw(rows, arguments.results / "kernels.png")
-    print(f"{arguments.readme}: {'written' if before != after else 'as it was'}; {arguments.results / 'kernels.png'}")
+    picture.draw(rows, arguments.results / "kernels.png")
+    step_picture.draw(rows, arguments.results / "step.png")
+    quality_picture.draw(rows, arguments.results / "quality.png")
+    state = "written" if before != after else "as it was"
+    print(f"{arguments.readme}: {state}; kernels.png, step.png and quality.png in {arguments.results}")
     return 0

@@ -29,7 +29,7 @@ REQUIRED = {
 # Rows that agree in these measure the same thing: the newest one counts.
 KEY = (
     "case", "provider", "dtype", "n", "metric", "device", "threads",
-    "model", "tensor", "kernel", "task", "phase", "seed", "steps",
+    "model", "tensor", "kernel", "task", "phase", "seed", "steps", "rate", "filled", "shrink",
 )  # fmt: skip
 
 

@@ -20,14 +20,15 @@ class Config:
     layers: int
     ffn: int
     kv: int  # rows of k_proj and v_proj: key-value heads times head size
+    head: int  # size of an attention head
     tied: bool = False
     positions: int = 0  # learned position embeddings (OPT), its offset of 2 included
 
 
 CONFIGS = {
-    "llama-1b": Config(vocab=128256, hidden=2048, layers=16, ffn=8192, kv=512, tied=True),
-    "llama-8b": Config(vocab=128256, hidden=4096, layers=32, ffn=14336, kv=1024),
-    "opt-30b": Config(vocab=50272, hidden=7168, layers=48, ffn=28672, kv=7168, tied=True, positions=2050),
+    "llama-1b": Config(vocab=128256, hidden=2048, layers=16, ffn=8192, kv=512, head=64, tied=True),
+    "llama-8b": Config(vocab=128256, hidden=4096, layers=32, ffn=14336, kv=1024, head=128),
+    "opt-30b": Config(vocab=50272, hidden=7168, layers=48, ffn=28672, kv=7168, head=128, tied=True, positions=2050),
 }
 
 

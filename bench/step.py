@@ -1,192 +1,286 @@
-"""A whole step against the published order of operations and against bare inference, side by side in one process.
+"""A whole step against the published order of operations and against bare inference (`providers`), in one process.
 
-    inference                two bare forwards of our own fast form of the batch: the floor of any two-point method
-    zo_finetuner             our engine with MeZO (`--probing` says how the weights are perturbed)
-    zo_finetuner_learned     our engine with per-block networks (fresh ones: the time is the same)
-    reference_noise          the published sweeps over the weights around our one-prompt forward
-    mezo_reference           MeZO's published order: every candidate a sequence, full logits, four sweeps
-    zo_finetuner_reference   the published ZO Fine-tuner: besides, statistics and a network per tensor, one by one
+Providers take turns on the same batches of real rows, so that what disturbs the machine disturbs all of them.  The
+published ones have a copy of the model; where two do not fit the device they take their turns on the same model, after
+ours.  Rows: seconds of a step, measured peak memory and what `zo plan` says of it, the share of each phase.
 
-Providers take turns on the same batches, so that what disturbs the machine disturbs all of them.  Batches are of
-real rows.  Rows: seconds of a step, peak memory on a GPU, and the share of each phase of ours (`phase`).
+    --model-like      models by shape alone, their weights drawn on the device (`folders`)
+    --tokens N        besides the tasks' batches, one of as many BoolQ rows as fill N tokens
+    --trace FILE      a step of ours as torch.profiler sees it
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
+import gc
+import os
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench.published import PublishedMeZO, PublishedZOFineTuner, option_loss
+from bench.folders import make_folder
+from bench.memory import capacity, peak_bytes
+from bench.providers import PROVIDERS, Batch, Setup, Step
 from bench.rows import append, machine, spread
+from bench.shapes import CONFIGS
+from bench.shares import phase_shares, write_trace
 from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.data import load_splits
 from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
-from zo_finetuner.engine import Engine
+from zo_finetuner.errors import InputError
 from zo_finetuner.isolation import can_pack
-from zo_finetuner.loading import load_model
-from zo_finetuner.objective import training_loss
-from zo_finetuner.optim import make_method
-from zo_finetuner.pertnn import PertNN
+from zo_finetuner.loading import DTYPES, load_model
+from zo_finetuner.plan import make_plan
 from zo_finetuner.tasks import get_task
 
-EPS, LR, SEED = 1e-3, 1e-7, 0
-PHASES = ("ask", "probe", "forward", "tell", "update")
+TASKS, FILLING = ("sst2", "boolq", "squad", "drop"), "boolq"
+BATCHES, LEAST_TURNS = 8, 3
+FULL = 0.9  # of the device's memory, what tensors may take beside fragments and the context
 
 
-@dataclass
-class Batch:
-    """A batch as rows (the published form) and as our tensors on the device."""
+@dataclass(frozen=True)
+class Case:
+    """One set of rows: batches of `size` rows of a task, or of as many as fill `tokens`."""
 
-    rows: list[Encoded]
-    ours: dict[str, torch.Tensor]
+    model: str
+    task: str
+    size: int
+    tokens: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """Of the rows as a user counts them: each with its correct option, once."""
-        return sum(len(row.sequences[row.labels[0]]) for row in self.rows)
+    def __str__(self) -> str:
+        return f"{self.model}, {self.task}, " + (f"{self.tokens} tokens" if self.tokens else f"batch {self.size}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """source: where the model's config is."""
+
+    source: str
+    model: nn.Module
+    tokenizer: Any
+    packed: bool
+    device: torch.device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="development data (models, rows)")
+    shared = Path(os.environ.get("ZO_DATA", "../shared"))
+    parser.add_argument("--shared", type=Path, default=shared, help="development data (models, rows)")
     parser.add_argument("--model", default="imdb-llama-6m", help="a folder, or a name under SHARED/models")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--task", nargs="+", default=["sst2", "boolq", "drop"])
+    parser.add_argument("--model-like", nargs="+", choices=CONFIGS, metavar="SHAPE", default=[],
+                        help=f"instead: random weights of {', '.join(CONFIGS)}, with the tokenizer of --model")
+    parser.add_argument("--shrink", type=int, default=1, help="divide their widths and depths, for dry runs")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the config's (shapes: bfloat16)")
+    parser.add_argument("--task", nargs="*", default=TASKS)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, help=f"besides, a batch of {FILLING} that fills so many tokens")
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--probing", default="auto", help="of our engine")
     parser.add_argument("--repeats", type=int, help="steps of each provider; default 18 (--quick: 3)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="shared by the cases; begin none after it")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the trace of a step of the first case")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """0; 1 when a case failed."""
     keep_large_buffers()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for task in arguments.task:
-        _task(arguments, task, device)
-    return 0
+    end = None if arguments.budget is None else time.monotonic() + arguments.budget
+    models, trace, failed = arguments.model_like or [arguments.model], arguments.trace, []
+    left = [case for model in models for case in _cases(arguments, model)]
+    with tempfile.TemporaryDirectory() as work:
+        for model in models:
+            loaded = None
+            gc.collect()  # the last model goes before the next one comes
+            while left and left[0].model == model:
+                if end is not None and time.monotonic() > end:
+                    print(f"budget spent; left out: {'; '.join(map(str, left))}")
+                    return 1 if failed else 0
+                limit = None if end is None else (end - time.monotonic()) / len(left)
+                case = left.pop(0)
+                try:
+                    loaded = loaded or _load(arguments, model, Path(work), device)
+                    _measure_case(arguments, case, loaded, limit, trace)
+                    trace = None
+                except Exception as error:
+                    failed.append(case)
+                    reason = (str(error).splitlines() or [""])[0]
+                    print(f"FAILED {case}: {type(error).__name__}: {reason}", flush=True)
+    return 1 if failed else 0
 
 
-def _task(arguments: argparse.Namespace, task_name: str, device: torch.device) -> None:
+def _cases(arguments: argparse.Namespace, model: str) -> list[Case]:
+    """Most valuable first: the first task, the filled batch, the other tasks."""
+    found = [Case(model, task, arguments.batch_size) for task in arguments.task]
+    if arguments.tokens:
+        found.insert(1, Case(model, FILLING, 0, arguments.tokens))
+    return found
+
+
+def _load(arguments: argparse.Namespace, name: str, work: Path, device: torch.device) -> Loaded:
     folder = arguments.shared / "models" / arguments.model
-    task = get_task(task_name)
-    model, tokenizer = load_model(str(folder if folder.is_dir() else arguments.model), arguments.dtype)
+    source = folder if folder.is_dir() else Path(arguments.model)
+    shaped = name in arguments.model_like
+    if shaped:
+        source = make_folder(name, work / name, source, arguments.shrink)
+    model, tokenizer = load_model(str(source), arguments.dtype, random_weights=shaped)
     model.to(device).eval()
+    return Loaded(str(source), model, tokenizer, can_pack(model), device)
+
+
+def _batches(case: Case, loaded: Loaded, shared: Path, count: int) -> list[Batch]:
+    task = get_task(case.task)
+    needed = case.tokens * count // 64 if case.tokens else case.size * count
+    rows = load_splits(task, str(shared / "data" / case.task), num_train=max(needed, 1), num_dev=1, num_eval=1).train
+    encoded = encode_rows(task, rows, loaded.tokenizer, context_length(loaded.model))
+    groups = fill(encoded, case.tokens) if case.tokens else [
+        encoded[i : i + case.size] for i in range(0, len(encoded) - case.size + 1, case.size)
+    ]  # fmt: skip
+    if not groups:
+        raise InputError(f"{case}: {len(encoded)} rows are fewer than a batch")
+    pad = pad_token(loaded.tokenizer)
+    laid = [collate(group, pad, packed=loaded.packed) for group in groups[:count]]
+    return [
+        Batch(group, {name: tensor.to(loaded.device) for name, tensor in batch.items()})
+        for group, batch in zip(groups, laid, strict=False)
+    ]
+
+
+def fill(rows: Sequence[Encoded], tokens: int) -> list[list[Encoded]]:
+    """Groups of consecutive rows, each with as many as `tokens` hold; the last, unfinished one is left out."""
+    groups, group, taken = [], [], 0
+    for row in rows:
+        size = len(row.sequences[row.labels[0]])
+        if group and taken + size > tokens:
+            groups.append(group)
+            group, taken = [], 0
+        group.append(row)
+        taken += size
+    return groups
+
+
+def _measure_case(
+    arguments: argparse.Namespace, case: Case, loaded: Loaded, limit: float | None, trace: Path | None
+) -> None:
+    started, device = time.monotonic(), loaded.device
     repeats = arguments.repeats or (3 if arguments.quick else 18)
-    needed = arguments.batch_size * min(repeats + 1, 8)
-    rows = load_splits(task, str(arguments.shared / "data" / task_name), num_train=needed, num_dev=1, num_eval=1).train
-    encoded = encode_rows(task, rows, tokenizer, min(512, context_length(model)))
-    packed = can_pack(model)
-    batches = [_batch(encoded[i : i + arguments.batch_size], tokenizer, device, packed)
-               for i in range(0, len(encoded) - arguments.batch_size + 1, arguments.batch_size)]
-    steps = providers(model, pad_token(tokenizer), arguments.batch_size, arguments.probing)
-
+    batches = _batches(case, loaded, arguments.shared, min(repeats + 1, BATCHES))
+    rows = len(batches[0].rows)
+    setup = Setup(loaded.model, pad_token(loaded.tokenizer), rows, arguments.probing)
     common = {
-        "case": "step", "dtype": arguments.dtype, "n": arguments.batch_size,
-        "model": arguments.model, "task": task_name,
-        "tokens": sum(b.tokens for b in batches) / len(batches), **machine(device.type),
+        "case": "step", "dtype": str(loaded.model.dtype).removeprefix("torch."), "n": rows,
+        "model": case.model, "task": case.task, "tokens": sum(b.tokens for b in batches) / len(batches),
+        **({"filled": case.tokens} if case.tokens else {}),
+        **({"shrink": arguments.shrink} if arguments.shrink > 1 else {}), **machine(device.type),
     }  # fmt: skip
-    out = arguments.out / "step.jsonl"
-    seconds, peaks = measure(steps, batches, repeats, device)
-    for name, values in seconds.items():
-        append(out, common | {"provider": name, "metric": "time_s", "unit": "s"} | spread(values))
-        if name in peaks:
-            append(out, common | {"provider": name, "metric": "peak_bytes", "unit": "B"} | spread([peaks[name]]))
-    shares = phase_shares(steps["zo_finetuner"], batches[: 3 if arguments.quick else 8])
-    for name, share in shares.items():
-        row = {"provider": "zo_finetuner", "metric": "share", "unit": "", "phase": name}
-        append(out, common | row | spread([share]))
-    _print(common, seconds, peaks, shares)
+    print(f"\n{case}: {rows} rows, {common['tokens']:.0f} tokens, {common['dtype']}, {common['device']}, "
+          f"{common.get('threads', '-')} threads", flush=True)
+
+    def record(provider: str, metric: str, unit: str, values: Sequence[float], **extra: Any) -> None:
+        row = common | {"provider": provider, "metric": metric, "unit": unit} | extra | spread(list(values))
+        append(arguments.out / "step.jsonl", row)
+
+    peaks: dict[str, int] = {}
+    for name in arguments.provider:
+        try:
+            peaks[name] = peak_bytes(PROVIDERS[name], setup, batches[:2], device)
+        except torch.OutOfMemoryError:
+            print(f"  {name} is left out: it does not fit {capacity(device) / 2**30:.0f} GiB", flush=True)
+            continue
+        record(name, "peak_bytes", "B", [peaks[name]])
+    planned = _planned(arguments, case, loaded.source, common)
+    for name, size in planned.items():
+        record(name, "planned_bytes", "B", [size])
+
+    gc.collect()
+    medians: dict[str, float] = {}
+
+    def take_turns(setups: dict[str, Setup]) -> None:
+        """A function of its own: the engines go with it, and with them their hold on the weights' memory."""
+        steps = {name: PROVIDERS[name].make(setup) for name, setup in setups.items()}
+        left = None if limit is None else (limit - (time.monotonic() - started)) * len(steps) / len(peaks)
+        for name, values in measure(steps, batches, repeats, device, left).items():
+            medians[name] = spread(values)["p50"]
+            record(name, "time_s", "s", values)
+        for name, step in steps.items():
+            shares = phase_shares(step, batches[: 3 if limit is None else 1], device)
+            for part, share in shares.items():
+                record(name, "share", "", [share], phase=part)
+            _print(name, medians, peaks, planned, shares)
+        if trace is not None and "zo_finetuner" in steps:
+            write_trace(steps["zo_finetuner"], batches[0], trace, device)
+            print(f"  {trace}: a step of zo_finetuner")
+
+    for setups in rounds(setup, list(peaks), max(peaks.values()), device):
+        take_turns(setups)
+        gc.collect()
 
 
-def _batch(rows: list[Encoded], tokenizer, device: torch.device, packed: bool) -> Batch:
-    batch = collate(rows, pad_token(tokenizer), packed=packed)
-    return Batch(rows, {name: t.to(device) for name, t in batch.items()})
+def _planned(arguments: argparse.Namespace, case: Case, source: str, common: dict[str, Any]) -> dict[str, int]:
+    """Peak bytes by `zo plan` for rows of the mean length: what a user would be told."""
+    found: dict[str, int] = {}
+    for name in arguments.provider:
+        if optimizer := PROVIDERS[name].optimizer:
+            plan = make_plan(source, task=case.task, batch=common["n"], seq=-(-round(common["tokens"]) // common["n"]),
+                             optimizer=optimizer, probing=arguments.probing, dtype=common["dtype"])  # fmt: skip
+            found |= {"inference": plan.memory.inference, name: plan.memory.peak}
+    return found
 
 
-def providers(model: nn.Module, pad_id: int, batch_size: int, probing: str) -> dict[str, Callable[[Batch], object]]:
-    """Name -> one step on a batch.  The published steps give every parameter new memory at every sweep, so they have a
-    copy of the model to themselves; a rate of 1e-7 leaves both what they are."""
-    other = copy.deepcopy(model)
+def rounds(setup: Setup, names: Sequence[str], peak: int, device: torch.device) -> Iterator[dict[str, Setup]]:
+    """The providers that take turns together, each with its model: all, those that move the weights on a copy; or where
+    the device has no room for a second model ours, and after them the others on the same.  peak: of the one that needs
+    most."""
+    ours = [name for name in names if not PROVIDERS[name].moves]
+    movers = [name for name in names if PROVIDERS[name].moves]
+    weights = sum(p.nbytes for p in setup.model.parameters())
 
-    def ours(batch: Batch, model: nn.Module = model) -> torch.Tensor:
-        total, weight = training_loss(model, batch.ours)
-        return total / weight
-
-    @torch.no_grad()
-    def inference(batch: Batch) -> None:
-        ours(batch)
-        ours(batch)
-
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    nets = PertNN.fresh(names).to(next(model.parameters()).device)
-    mezo = Engine(model, make_method("mezo", model), eps=EPS, seed=SEED, probing=probing)
-    learned = make_method("zo-finetuner", model, batch_size=batch_size)
-    learned = Engine(model, learned, eps=EPS, seed=SEED, probing=probing)
-    published = PublishedMeZO(other, lr=LR, eps=EPS)
-    published_nets = PublishedZOFineTuner(other, nets, batch_size=batch_size, lr=LR, eps=EPS)
-    numbers = itertools.count()
-    return {
-        "inference": inference,
-        "zo_finetuner": lambda b: mezo.step(lambda: ours(b), LR),
-        "zo_finetuner_learned": lambda b: learned.step(lambda: ours(b), LR),
-        "reference_noise": lambda b: published.step(lambda: ours(b, other), next(numbers)),
-        "mezo_reference": lambda b: published.step(lambda: option_loss(other, b.rows, pad_id), next(numbers)),
-        "zo_finetuner_reference":
-            lambda b: published_nets.step(lambda: option_loss(other, b.rows, pad_id), next(numbers)),
-    }  # fmt: skip
+    if not movers or peak + weights <= FULL * capacity(device):
+        copied = replace(setup, model=copy.deepcopy(setup.model)) if movers else setup
+        yield dict.fromkeys(ours, setup) | dict.fromkeys(movers, copied)
+        return
+    print(f"  the published orders take their turns after ours: the device has no room for a second model of "
+          f"{weights / 2**30:.1f} GiB", flush=True)
+    yield dict.fromkeys(ours, setup)
+    yield dict.fromkeys(movers, setup)
 
 
 def measure(
-    steps: dict[str, Callable[[Batch], object]], batches: list[Batch], repeats: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every step, and on a GPU each provider's peak memory in bytes."""
+    steps: dict[str, Step], batches: list[Batch], repeats: int, device: torch.device, limit: float | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every step.  The turns end after `repeats`, or, three of them taken, after `limit` seconds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, int] = {}
+    began = time.monotonic()
     for number in range(repeats + 1):
+        if limit is not None and number > LEAST_TURNS and time.monotonic() - began > limit:
+            break
         batch, turn = batches[number % len(batches)], number % len(steps)
         for name, step in [*steps.items()][turn:] + [*steps.items()][:turn]:  # who comes first pays for cold caches
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             wait()
             started = time.perf_counter()
             step(batch)
             wait()
             if number:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - started)
-            if device.type == "cuda":
-                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated())
-    return seconds, peaks
+    return seconds
 
 
-def phase_shares(step: Callable[[Batch], object], batches: list[Batch]) -> dict[str, float]:
-    """Share of a step's host time in each phase (`zo_finetuner.phases`), the forward taken out of its probe."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for batch in batches:
-            with torch.profiler.record_function("zo.step"):
-                step(batch)
-    spent = {e.key.removeprefix("zo."): e.cpu_time_total for e in profile.key_averages() if e.key.startswith("zo.")}
-    total = spent.pop("step")
-    spent["probe"] -= spent["forward"]
-    shares = {name: spent.get(name, 0) / total for name in PHASES}
-    return shares | {"other": 1 - sum(shares.values())}
-
-
-def _print(common: dict, seconds: dict[str, list[float]], peaks: dict[str, int], shares: dict[str, float]) -> None:
-    print(f"\n{common['task']}, {common['model']}, {common['dtype']}, batch {common['n']} "
-          f"({common['tokens']:.0f} tokens), {common['device']}, {common.get('threads', '-')} threads")
-    median = {name: spread(values)["p50"] for name, values in seconds.items()}
-    for name, value in median.items():
-        peak = f"{peaks[name] / 2**30:8.2f} GiB" if name in peaks else ""
-        print(f"  {name:<24}{value * 1e3:>9.1f} ms{value / median['inference']:>8.2f}x two forwards"
-              f"{median['mezo_reference'] / value:>8.2f}x faster than MeZO's order{peak}")
-    print("  a step of ours: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+def _print(name: str, medians: dict[str, float], peaks: dict[str, int], planned: dict[str, int],
+           shares: dict[str, float]) -> None:  # fmt: skip
+    line = f"  {name:<24}{medians[name] * 1e3:>10.1f} ms"
+    if "inference" in medians:
+        plan = f", plan {planned[name] / planned['inference']:.3f}x" if name in planned else ""
+        line += f"{medians[name] / medians['inference']:>8.2f}x two forwards"
+        line += f", peak {peaks[name] / peaks['inference']:.3f}x inference{plan}"
+    parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
+    print(f"{line} ({parts})", flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from bench.operations import LARGE, PAIRS, TARGETS
@@ -185,28 +185,6 @@ def _gpu_notes(rows: list[Row], times: list[Row]) -> str:
     return paragraph(text)
 
 
-def step(rows: list[Row]) -> str:
-    """Whole steps: seconds, and against two bare forwards and the published orders."""
-    rows = [r for r in rows if r["case"] == "step" and r["metric"] == "time_s"]
-    if not rows:
-        return "No rows: `python -m bench step`."
-    keys = dict.fromkeys((r["device"], r.get("threads"), r["model"], r["dtype"], r["task"], r["n"]) for r in rows)
-    lines = []
-    for key in keys:
-        wanted = dict(zip(("device", "threads", "model", "dtype", "task", "n"), key, strict=True))
-        seconds = {r["provider"]: r["p50"] for r in rows if all(r.get(k) == v for k, v in wanted.items())}
-        ours, nets = seconds.get("zo_finetuner"), seconds.get("zo_finetuner_learned")
-        lines.append([
-            f"{wanted['model']}, {SHORT[wanted['dtype']]}, {wanted['task']}, batch {wanted['n']}, {wanted['device']}",
-            f"{ours * 1e3:.1f} ms" if ours else "",
-            *(f"{top / bottom:.2f}x" if top and bottom else "" for top, bottom in (
-                (ours, seconds.get("inference")), (seconds.get("mezo_reference"), ours),
-                (seconds.get("zo_finetuner_reference"), nets))),
-        ])  # fmt: skip
-    return table(["whole step", "ours", "two bare forwards", "faster than MeZO's order",
-                  "with nets, than the ZO Fine-tuner's"], lines)  # fmt: skip
-
-
 def acceptance(rows: list[Row]) -> str:
     """Held-out loss and accuracy of the main job, medians over seeds."""
     rows = [r for r in rows if r["case"] == "acceptance"]
@@ -234,6 +212,3 @@ def acceptance(rows: list[Row]) -> str:
         lines.append([f"{label}, {amount}", *cells(values(provider, "eval_loss_after")),
                       *cells(values(provider, "eval_metric_after"))])  # fmt: skip
     return table(["held-out rows", "loss, median", "min..max", "accuracy", "min..max"], lines)
-
-
-TABLES: dict[str, Callable[[list[Row]], str]] = {"cpu": cpu, "gpu": gpu, "step": step, "acceptance": acceptance}

@@ -17,7 +17,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 PYTHON = """#!/bin/bash
 echo "python $*" >>"$CALLS"
 case "$*" in
-  "-m bench --list") printf '%s\\n' kernels report ;;
+  "-m bench --list") printf '%s\\n' ${CASES:-kernels report} ;;
   *cuda.is_available*) exit "${NO_GPU:-0}" ;;
   "-c import xdist") exit 1 ;;
   "-m pybind11 --cmakedir") echo /pybind11 ;;
@@ -25,6 +25,10 @@ case "$*" in
   "-m bench kernels"*)
     echo "{}" >>"$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<<"$*")/kernels.jsonl"
     echo measured; exit "${BENCH:-0}" ;;
+  "-m bench quality"*--pretrain*)
+    base=$(sed 's/.*--out-model \\([^ ]*\\).*/\\1/' <<<"$*")
+    mkdir -p "$base" && touch "$base/pretrain.json" ;;
+  "-m bench "*) exit "${BENCH:-0}" ;;
 esac
 """
 
@@ -90,6 +94,30 @@ def test_a_suite_builds_tests_and_measures(suite, tmp_path):
     assert budget[1] == str(tmp_path / "out") and 480 < int(budget[2]) <= 505
     for name in ("environment.txt", "build.log", "tests.log", "bench.log", "kernels.jsonl"):
         assert (tmp_path / "out" / name).is_file()
+
+
+def test_the_step_suite_measures_steps_then_zo_train_then_loading(suite, tmp_path):
+    (tmp_path / "data").mkdir()
+    status, output, calls = suite("step", "out", CASES="step", ZO_DATA=str(tmp_path / "data"))
+    assert status == 0 and output.endswith("all parts ok\n")
+    where = f"--device cuda --out {tmp_path}/out --shared {tmp_path}/data"
+    step = re.search(rf"-m bench step {where} --model-like llama-1b llama-8b opt-30b --tokens 4096 "
+                     rf"--trace {tmp_path}/out/trace.json --budget (\d+)\n", calls)  # fmt: skip
+    train = re.search(rf"-m bench train {where} --budget (\d+)\n", calls)
+    assert 270 < int(step[1]) <= 291 and 200 < int(train[1]) <= 247  # of 535 s, parts that take no time
+    assert calls.endswith(f"-m bench loading {where}\n") and "tests/test_bench_step.py" in calls
+
+
+def test_quality_pretrains_a_base_and_measures_on_it_in_the_next_call(suite, tmp_path):
+    (tmp_path / "data").mkdir()
+    variables = {"ZO_DATA": str(tmp_path / "data"), "ZO_BASE": str(tmp_path / "base")}
+    options = rf"-m bench quality --device cuda --out {tmp_path}/out"
+    status, output, calls = suite("quality", "out", CASES="quality", **variables)
+    assert status == 0 and output.endswith("all parts ok\n")
+    assert re.search(rf"{options} --pretrain {tmp_path}/data/corpus --out-model {tmp_path}/base --minutes 5\n", calls)
+    status, output, calls = suite("quality", "out", CASES="quality", **variables)
+    used = re.search(rf"{options} --shared {tmp_path}/data --model {tmp_path}/base --workers 4 --budget (\d+)\n", calls)
+    assert status == 0 and 5 <= int(used[1]) <= 7 and calls.count("--pretrain") == 1
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_running(suite):

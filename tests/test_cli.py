@@ -295,6 +295,15 @@ def test_the_main_job_on_every_real_task(shared, tmp_path, task):
     assert written["eval_rows"] == 4 and math.isfinite(written["eval_loss_after"])
 
 
+def test_a_run_that_keeps_no_weights(base, tmp_path):
+    out = tmp_path / "run"
+    assert main([*flags(base, out, steps=3), "--no-checkpoints", "--no-save-model"]) == 0
+    assert not [*out.rglob("*.safetensors"), *out.glob("checkpoint-*")] and (out / "log.jsonl").exists()
+    written = result(out)
+    assert written["best_step"] is None and math.isfinite(written["best_dev_loss"]) and written["steps"] == 3
+    assert (written["peak_bytes"]["training"] is None) == (not torch.cuda.is_available())
+
+
 def test_nets_of_another_architecture_name_what_is_missing(base, tmp_path, capsys):
     from zo_finetuner.pertnn import PertNN
     from zo_finetuner.pertnn_io import Card, save_pertnn

@@ -94,6 +94,33 @@ def test_all_probing_agrees():
         assert (ends[0][1] - weights).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("mode", ["inplace", "scratch", "paired"])
+def test_autocast_around_a_step_casts_the_weights_of_every_probe(mode):
+    """Autocast would hand the second probe the 16-bit weights of the first, and a later step those of an earlier."""
+    ids = tokens(2, 9)
+
+    def run(outside: bool) -> list[float]:
+        model = tiny("llama-tied")
+        engine = Engine(model, MeZO(), eps=3e-2, probing=mode)
+
+        def loss():
+            with torch.autocast("cpu", torch.bfloat16, enabled=not outside, cache_enabled=False):
+                return model(input_ids=ids, labels=ids).loss.float()
+
+        gradients = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            if outside:
+                model(input_ids=ids)  # fills the cache
+            for _ in range(3):
+                engine.step(loss if not outside else lambda: model(input_ids=ids, labels=ids).loss.float(), 1e-2)
+                gradients.append(float(engine.projected_grad))
+        return gradients
+
+    want = run(outside=False)
+    assert all(abs(g) > 1e-3 for g in want)
+    assert run(outside=True) == want
+
+
 def test_the_estimator_is_unbiased_with_the_right_variance():
     """E[g z] = gradient, z-test over 4,096 probes; E|g z|^2 = (d + 2) |gradient|^2 for normal z, within 10 %."""
     model = Quadratic()

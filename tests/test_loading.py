@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,9 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.__main__ import main as bench
+from bench.loading import measure
+from bench.rows import read
 from zo_finetuner.cli import main
 from zo_finetuner.errors import InputError
 from zo_finetuner.loading import empty_model, load_model, random_model
@@ -111,38 +112,6 @@ def test_train_with_random_weights_from_end_to_end(bare, tmp_path, optimizer, ca
     assert {t.dtype for t in saved.values()} == {torch.bfloat16}
 
 
-STREAM = """
-import os, sys, threading, time
-import torch
-from zo_finetuner.loading import load_model
-
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
-small, large, dtype = sys.argv[1:]
-load_model(small, dtype)  # what the libraries themselves need
-if torch.cuda.is_available():
-    torch.cuda.synchronize()
-before = peak = anonymous()
-done = False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-
-thread = threading.Thread(target=watch)
-thread.start()
-model, _ = load_model(large, dtype)
-done = True
-thread.join()
-on_host = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
-print(peak - before, on_host, max(p.nbytes for p in model.parameters()))
-"""
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A Llama of 80 MB in bfloat16, in shards of 15 MB or less, the largest tensor 4 MB."""
@@ -159,31 +128,30 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def stream(small: Path, large: Path, dtype: str) -> tuple[int, int, int]:
-    """Anonymous host memory that loading takes at its peak, bytes of the model on the host, of its largest tensor."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", STREAM, str(small), str(large), dtype], env=environment, capture_output=True, text=True,
-        check=True,
-    )
-    peak, on_host, largest = map(int, run.stdout.split())
-    return peak, on_host, largest
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the model goes there, see below")
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_loading_makes_no_second_copy_on_the_host(checkpoint, tmp_path, dtype):
     """Cast to fp32, the host is the destination: beside it at most one tensor (a tied head for a moment).  In the
     checkpoint's own dtype the weights stay pages of the mapped files.  A second copy would be 80 MB or more."""
-    peak, on_host, largest = stream(save_model(tmp_path / "small"), checkpoint, dtype)
+    taken = measure(save_model(tmp_path / "small"), checkpoint, dtype)
+    assert taken.on_host > 0 and taken.anonymous_weights == (taken.on_host if dtype == "float32" else 0)
     python = 2 << 20  # objects, stacks of threads: 0.5 MB measured
-    assert peak <= (on_host if dtype == "float32" else 0) + largest + python
+    assert taken.extra <= taken.tensor + python
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_loading_to_a_gpu_takes_less_of_the_host_than_a_shard(checkpoint, tmp_path, dtype):
-    peak, on_host, _ = stream(save_model(tmp_path / "small"), checkpoint, dtype)
-    assert on_host == 0
-    assert peak <= max(file.stat().st_size for file in checkpoint.glob("*.safetensors")) + (6 << 20)
+    taken = measure(save_model(tmp_path / "small"), checkpoint, dtype)
+    assert taken.on_host == 0
+    assert taken.anonymous <= taken.shard + (6 << 20)
+
+
+@pytest.mark.skipif("ZO_SLOW" not in os.environ, reason="writes 2.5 GB and takes a minute: set ZO_SLOW=1")
+def test_a_checkpoint_of_1b_loads_within_a_shard(tmp_path, shared):
+    assert bench(["loading", "--shared", str(shared), "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "loading.jsonl")
+    assert {r["dtype"] for r in rows} == {"bfloat16", "float32"}
+    for row in rows:
+        assert row["n"] > 1.2e9 and row["p50"] <= row["shard"] <= 600e6

@@ -6,10 +6,12 @@ import dense_low_rank as dense
 import pytest
 import torch
 from models import BUILDERS, tiny, tokens
-from references import SINGLE, make
+from references import ANSWERS, SINGLE
 from test_probing import Nested, Outer, ReadsChild, assert_untouched, forward_loss, pointers, snapshot
+from test_slices import ROWS, model_of
 from torch import nn
 
+from zo_finetuner import slices
 from zo_finetuner.coverage import UncoveredWeightError
 from zo_finetuner.encoding import collate
 from zo_finetuner.engine import Engine
@@ -20,6 +22,7 @@ from zo_finetuner.optim import make_method
 from zo_finetuner.optim.base import Direction, Probe
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.rows import head_rows
+from zo_finetuner.slices import slicing
 from zo_finetuner.subspace import Layout, Subspace
 from zo_kernels import seed_tensor
 
@@ -80,12 +83,14 @@ def test_it_is_the_loss_of_the_dense_form(name, dtype):
     assert abs(loss_at(beside, d, ids) - loss_at(copied, d, ids)) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "OPT", "GPT2"])
-def test_packed_rows_and_a_head_of_candidates(name):
-    """Only the candidates' rows of the head are computed, and only they move."""
-    model = make(name)
-    batch = collate(SINGLE, 0, packed=True)
-    assert "candidates" in batch
+@pytest.mark.parametrize("head", ["candidates", "slices"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "OPT", "GPT2", "Phi"])
+def test_packed_rows_and_some_rows_of_the_head(name, head, monkeypatch):
+    """Only those rows of the head are computed, and only they move."""
+    monkeypatch.setattr(slices, "slice_rows", lambda model, head: ROWS)
+    model = model_of(name)
+    batch = collate(SINGLE if head == "candidates" else ANSWERS, 0, packed=True)
+    assert ("candidates" in batch) == (head == "candidates") and slicing(model).rows == ROWS
     blocks = trainable_blocks(model)
     d = direction(blocks)
 

@@ -12,6 +12,7 @@ from models import BUILDERS, tiny
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, OPTConfig
 
+from zo_finetuner import slices
 from zo_finetuner.cli import main
 from zo_finetuner.devices import GPUS, Device, described, find_device, probe_cpu
 from zo_finetuner.encoding import collate
@@ -104,10 +105,13 @@ def measured_steps(folder, plan, rows):
     return *peaks, len(engine.blocks)
 
 
-@pytest.mark.parametrize("task", ["sst2", "squad"])
+@pytest.mark.parametrize("task", ["sst2", "squad", "squad in slices"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("probing", ["inplace", "scratch", "paired"])
-def test_a_step_takes_the_predicted_memory(cpu, folder, task, dtype, probing):
+def test_a_step_takes_the_predicted_memory(cpu, folder, task, dtype, probing, monkeypatch):
+    task, _, sliced = task.partition(" ")
+    if sliced:
+        monkeypatch.setattr(slices, "LEAST", 0)
     plan = make_plan(str(folder), task=task, batch=8, seq=64, dtype=dtype, probing=probing, optimizer="zo-finetuner")
     m = plan.memory
     first, later, blocks = measured_steps(folder, plan, planned_rows(task, 8, 64))
@@ -152,9 +156,10 @@ def test_a_step_moves_what_the_passes_read_and_write(published):
     assert embedding > tokens * 2048
 
 
+@pytest.mark.parametrize("task", ["sst2", "squad"])
 @pytest.mark.parametrize(("name", "most"), [("llama-3.2-1b", 1.05), ("opt-30b", 1.02)])
-def test_the_largest_models_keep_to_the_memory_of_inference(published, name, most):
-    plan = make_plan(str(published / name), batch=16, seq=32, optimizer="zo-finetuner")
+def test_the_largest_models_keep_to_the_memory_of_inference(published, name, most, task):
+    plan = make_plan(str(published / name), task=task, batch=16, seq=32, optimizer="zo-finetuner")
     m, numel = plan.memory, plan.parameters
     assert plan.probing == "scratch" and 1 < m.ratio <= most
     assert m.weights - 2 * numel < 1e-4 * numel
@@ -163,12 +168,16 @@ def test_the_largest_models_keep_to_the_memory_of_inference(published, name, mos
     assert (m.gradients, m.moments) == (2 * numel, 12 * numel) and m.adam > 8 * m.inference
 
 
-def test_a_head_that_is_read_whole_is_perturbed_whole(published):
-    one = make_plan(str(published / "llama-3.2-1b"), task="sst2", batch=2, seq=16, probing="scratch")
+def test_a_large_head_is_read_in_slices(published, monkeypatch):
+    """As many products and bytes as the whole head takes, in the scratch of the largest other matrix."""
+    sliced = make_plan(str(published / "llama-3.2-1b"), task="squad", batch=2, seq=16, probing="scratch")
+    monkeypatch.setattr(slices, "LEAST", 128256 * 2048)
     whole = make_plan(str(published / "llama-3.2-1b"), task="squad", batch=2, seq=16, probing="scratch")
+    assert sliced.memory.scratch == 2048 * 8192 * 2
     assert whole.largest == "model.embed_tokens.weight" and whole.memory.scratch == 128256 * 2048 * 2
     assert whole.memory.logits > 3 * 16 * 128256 * 4  # fp32 logits and their log-softmax, 16 places in three sequences
-    assert one.memory.scratch == 2048 * 8192 * 2
+    assert sliced.memory.logits < whole.memory.logits / 10
+    assert (sliced.work.flops, sliced.work.moved) == (whole.work.flops, whole.work.moved)
 
 
 def test_paired_probes_hold_two_copies_and_twice_the_batch(folder):

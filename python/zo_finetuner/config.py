@@ -63,7 +63,8 @@ class RunConfig:
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
     resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
-    save_model: bool = _option(True, "write the best weights to output_dir/model at the end")
+    checkpoints: bool = _option(True, "keep the best and the last weights on disk; without, a run ends with its last")
+    save_model: bool = _option(True, "write the weights to output_dir/model at the end")
 
     def check(self) -> None:
         """Raise InputError for the first setting that cannot work.  Rates that are not given become the optimizer's."""

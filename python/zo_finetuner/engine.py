@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.autocast import casts_not_kept
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
@@ -81,6 +82,7 @@ class Engine:
         self._told = 0  # skipped steps already reported
 
     @torch.no_grad()
+    @casts_not_kept()
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
         """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
         times more before it trusts a kind of model call.  Returns the mean of the probes' losses (0-dim fp32, on the

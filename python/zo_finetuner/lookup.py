@@ -2,7 +2,8 @@
 
     embedding   the looked-up tokens: the scratch holds one row per token of the batch, and the module is given
                 0, 1, 2, ... instead of the token ids.  No `unique`, hence no wait for the host.
-    head        the candidates' rows that `rows.head_rows` asked for: the logits have one column per candidate.
+    head        the candidates' rows that `rows.head_rows` asked for: the logits have one column per candidate; or the
+                slice that `slices.head_slices` is at.
 """
 
 from __future__ import annotations

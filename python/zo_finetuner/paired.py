@@ -21,7 +21,6 @@ that cannot be paired takes two forwards, as under `scratch`; the log says which
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,14 +34,13 @@ from zo_finetuner.calls import Call
 from zo_finetuner.halves import Halves, NotHalves, argument_names
 from zo_finetuner.optim.base import Probe
 from zo_finetuner.rehearsal import rehearsal
+from zo_finetuner.routes import Forward, rerouted
 from zo_finetuner.rows import forward_accepts, unwrap
 from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.stack import Frame
 from zo_kernels import Blocks
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[..., Any]
 
 
 class PairedProbing(ScratchProbing):
@@ -77,9 +75,9 @@ class PairedProbing(ScratchProbing):
                 self._pair = (_mirrored(probe, following), following)
         with super().at(self._pair[0] if self._pair and not second else probe), contextlib.ExitStack() as routes:
             if self._pair is not None:
-                routes.enter_context(_rerouted([self.model], self._answer if second else self._call_model))
+                routes.enter_context(rerouted([self.model], self._answer if second else self._call_model))
             if self._pair is not None and not second:
-                routes.enter_context(_rerouted(self._modules, self._call_module))
+                routes.enter_context(rerouted(self._modules, self._call_module))
             yield
         if second:
             self.restore()
@@ -129,8 +127,9 @@ class PairedProbing(ScratchProbing):
         return forward(*args, **kwargs)
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """All that decides what a call computes: its arguments, and the rows that are asked of a head."""
-        return args, kwargs, [module._zo_rows for module in self._names if "_zo_rows" in module.__dict__]
+        """All that decides what a call computes: its arguments, and the rows or targets that are asked of a head."""
+        asked = [module.__dict__.get(name) for module in self._names for name in ("_zo_rows", "_zo_targets")]
+        return args, kwargs, [value for value in asked if value is not None]
 
     def _both(self, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """(outputs for +, outputs for -), or None for a call that has to take two forwards."""
@@ -245,24 +244,6 @@ def _mirrored(plus: Probe, minus: Probe) -> Probe:
     """`plus`, with a coefficient of NaN if that of `minus` is not its opposite: a method that asks for something else
     than it did in the rehearsal has its step skipped, without a wait for the device."""
     return Probe(plus.direction, torch.where(minus.coef == -plus.coef, plus.coef, torch.nan))
-
-
-@contextlib.contextmanager
-def _rerouted(modules: list[nn.Module], route: Callable[..., Any]) -> Iterator[None]:
-    """Within it a call of a module runs `route(module, its forward, *args, **kwargs)`, inside the module's hooks."""
-    own = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
-            forward = module.forward
-            routed = functools.partial(route, module, forward)
-            routed.__wrapped__ = forward  # its signature: `generate` reads the names of a forward's arguments
-            module.__dict__["forward"] = routed
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

@@ -42,13 +42,14 @@ class Memory:
 
     weights      parameters (tied ones once) and buffers, and the batch
     scratch      perturbed copies of the weights of the module that needs most, and of those that enclose it; of an
-                 embedding the batch's rows, of the head the candidates' rows or all; paired probing: both signs
+                 embedding the batch's rows, of the head the candidates' rows or a slice (`slices`); paired: both signs
     activations  largest sum of tensors alive in a forward before the head
     logits       the same from the head on; activations and logits are not alive together, the larger counts
     method       its state for every weight; nets, scales and statistics per block; the direction of a derivative
     tables       of the GPU kernels: 56 bytes a tensor, 16 a chunk of 65,536 elements
     first        besides weights, method and tables in the first step: the growing scratch, the check of its rounding
-                 (what the rehearsal of paired probing copies, the logits among it, is not counted)
+                 (what the rehearsal of paired probing copies, the logits among it, is not counted, nor the trial of
+                 slices, whole logits of 16 tokens before the first step)
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch

@@ -25,6 +25,7 @@ from zo_finetuner.lowrank import LowRankProbing
 from zo_finetuner.optim.base import Method
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
+from zo_finetuner.slices import slicing
 from zo_kernels import Blocks
 
 PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceProbing)}
@@ -49,6 +50,7 @@ def make_probing(
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
     method = Method() if method is None else method
     require_goes(mode, method)
+    slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
     if method.low_rank:
         return LowRankProbing(model, blocks)
     if mode == "auto":

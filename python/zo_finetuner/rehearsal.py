@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from zo_finetuner.coverage import UncoveredWeightError
 from zo_finetuner.halves import NotHalves
 from zo_finetuner.optim.base import Probe
+from zo_finetuner.slices import slicing
 
 if TYPE_CHECKING:
     from zo_finetuner.paired import PairedProbing
@@ -69,16 +70,17 @@ def _loss(probing: PairedProbing, probe: Probe, following: Probe | None, loss_fn
 
 
 class _Watch:
-    """A forward hook.  blame: the first module whose clean half has a NaN.  size: of the model's outputs, their root
-    mean square: roundings are relative to it, and a loss may be small where the logits are not."""
+    """A forward hook.  blame: the first module whose clean half has a NaN.  size: of the model's outputs and its
+    head's, their root mean square: roundings are relative to it, and a loss may be small where the logits are not."""
 
     def __init__(self, probing: PairedProbing, clean: int):
         self._probing, self._clean = probing, clean
+        self._sized = (probing.model, slicing(probing.model).head)
         self.blame, self.size = "", 0.0
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if module is self._probing.model:
+        if module in self._sized:
             for tensor in tensors:
                 half = tensor.tensor_split(2)[self._clean] if tensor.dim() else tensor
                 norm = float(torch.linalg.vector_norm(half, dtype=torch.float64))  # logits are large: no copy of them

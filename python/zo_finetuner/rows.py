@@ -35,20 +35,36 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
     happened.
     """
     head = output_head(model)
-    plain = type(head) is nn.Linear and not head.weight.is_meta and not hasattr(head, "_hf_hook")
-    if torch.is_grad_enabled() or not plain or not isinstance(head.weight, nn.Parameter):
+    dual = not isinstance(getattr(head, "weight", None), nn.Parameter)  # `tangent.py`
+    if torch.is_grad_enabled() or dual or why_whole(head) or head.weight.is_meta:
         yield False
         return
     ids = token_ids.to(head.weight.device)
+    with only_rows(head, ids, lambda data: data.index_select(0, ids)):
+        yield True
+
+
+def why_whole(head: nn.Module | None) -> str:
+    """Why a head cannot be given some of its rows by swapping storage; empty where it can."""
+    if head is None:
+        return "it does not tell its head"
+    if type(head) is not nn.Linear:
+        return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
+    return "accelerate moves the weights of its head" if hasattr(head, "_hf_hook") else ""
+
+
+@contextlib.contextmanager
+def only_rows(head: nn.Linear, ids: Tensor, take: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context a head for which `why_whole` is empty has the rows ids only, int64 on its device and fewer
+    than all.  take: them, of a parameter's data (a copy or a view)."""
     own: list[tuple[nn.Parameter, Tensor]] = []
 
     def swap_in(module: nn.Module, args: tuple) -> None:
-        if module.weight.shape[0] == ids.numel():  # a prober has put its perturbed rows there
-            return
         for parameter in module._parameters.values():
-            if parameter is not None:
+            # A prober has put its perturbed rows in where there are as many as asked for.
+            if parameter is not None and parameter.shape[0] != ids.numel():
                 own.append((parameter, parameter.data))
-                parameter.data = parameter.data.index_select(0, ids)
+                parameter.data = take(parameter.data)
 
     def swap_out(*_: Any) -> None:
         while own:
@@ -62,7 +78,7 @@ def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
         head.register_forward_hook(swap_out, always_call=True, prepend=True),
     ]
     try:
-        yield True
+        yield
     finally:
         swap_out()  # torch runs always_call hooks after an Exception, but not after Ctrl-C
         for hook in hooks:

@@ -30,6 +30,7 @@ from zo_finetuner.optim.base import Direction, Probe
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.rows import output_head
 from zo_finetuner.scratch import ScratchProbing
+from zo_finetuner.slices import slicing
 from zo_kernels import Blocks
 
 Batch = Mapping[str, Tensor]
@@ -69,7 +70,7 @@ class ProbedCost:
 def trace_loss(model: nn.Module, batch: Batch, *, gradients: bool = False, loss: Callable = training_loss) -> Cost:
     """The cost of `loss(model, batch)`, both on the meta device.  gradients: as first-order training evaluates it, so
     that `kept` is what the forward stores for the backward (no checkpoint is recomputed)."""
-    with Tally(model, batch) as tally, torch.set_grad_enabled(gradients):
+    with _counted(model, batch) as tally, torch.set_grad_enabled(gradients):
         result = loss(model, batch)
         cost = tally.cost()
     del result
@@ -86,7 +87,7 @@ def trace_probes(
     direction = Direction(torch.empty((), dtype=torch.int64, device="meta"))
     coef = torch.empty((), device="meta")
     plus, minus = Probe(direction, coef), Probe(direction, -coef)
-    with Tally(model, batch) as tally:
+    with _counted(model, batch) as tally:
         for _ in range(2 if mode == "paired" else 1):  # pairs are made once they are trusted
             _evaluate(probing, plus, minus, lambda: loss(model, batch))
             probing.rehearse([], [], loss)
@@ -95,6 +96,15 @@ def trace_probes(
         probing.written = 0
         _evaluate(probing, plus, minus, lambda: loss(model, batch))
     return ProbedCost(first, tally.cost(), scratch, probing.written, probing.largest[1])
+
+
+@contextlib.contextmanager
+def _counted(model: nn.Module, batch: Batch) -> Iterator[Tally]:
+    """A tally that begins once it is known whether the head is read in slices, which is tried before a first step."""
+    with Tally(model, batch) as tally:
+        slicing(model)
+        tally.restart()
+        yield tally
 
 
 def _evaluate(probing: ScratchProbing, plus: Probe, minus: Probe, loss: Callable) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -87,14 +88,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=True)
     before = _saved_before(out) if checkpoint else None
     if before is None:
-        before = measure()
+        _peak_bytes()
+        before = measure() | {"peak_bytes": _peak_bytes()}
         write_json(out / "before.json", before)
     _say("before", before, task)
 
     trainer = _trainer(config, out, model, tokenizer, task, splits, method)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+    seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
     _say("after", after, task)
 
@@ -114,6 +116,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "best_step": _best_step(trainer),
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
+        "peak_bytes": {"evaluation": before.get("peak_bytes"), "training": training},
         "random_weights": config.random_weights,
         "seed": config.seed,
         "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
@@ -144,9 +147,10 @@ def _trainer(
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=every,
+        save_strategy="steps" if config.checkpoints else "no",
         save_steps=every,
         save_total_limit=1,
-        load_best_model_at_end=True,
+        load_best_model_at_end=config.checkpoints,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=config.logging_steps,
@@ -207,6 +211,15 @@ def _saved_before(out: Path) -> dict[str, float] | None:
         return json.loads((out / "before.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _peak_bytes() -> int | None:
+    """Most bytes of tensors on the GPU since this was last asked; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def _best_step(trainer: Trainer) -> int | None:

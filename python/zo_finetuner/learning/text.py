@@ -24,7 +24,7 @@ def text_windows(
     path: a .txt file (a line is a document), .txt.xz, .jsonl (a "text" field a line), or a folder of those.
     Documents are shuffled by `seed`.  A window is a row whose loss is over all its tokens but the first.
     Raises InputError naming the file, and when the text ends before the last list is full."""
-    documents = list(_documents(path))
+    documents = list(read_documents(path))
     if not documents:
         raise InputError(f"{path}: holds no text")
     order = iter(np.random.RandomState(seed).permutation(len(documents)))
@@ -50,7 +50,8 @@ def _cut(ids: list[int], length: int) -> Iterator[Encoded]:
         yield Encoded("text", (window,), (length - 1,), (0,), window[:1])
 
 
-def _documents(path: Path) -> Iterator[str]:
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file or folder, MOST_BYTES at most.  Raises InputError naming file and line."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.endswith((".txt", ".txt.xz", ".jsonl")))
         if not files:
