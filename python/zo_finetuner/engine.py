@@ -70,7 +70,7 @@ class Engine:
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
         self.parameters = [parameters[name] for name in self.blocks.names]
-        self.probing = make_probing(probing, model, self.blocks, method.scratch_only)
+        self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
         self.step_count = 0
@@ -206,8 +206,15 @@ class Engine:
         values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
         return {name: float(value) for name, value in values.items()}
 
+    def flush(self) -> None:
+        """Write what a method of low-rank directions has collected into the weights; a model that is called, saved or
+        loaded does so by itself."""
+        self.probing.flush()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-equal resume needs besides the weights."""
+        """Everything a bit-equal resume needs besides the weights.  It flushes, as saving the model does: a run is
+        continued to the bit from where it was saved."""
+        self.flush()
         return {
             "noise_version": NOISE_VERSION,
             "method": self.method.name,

@@ -61,6 +61,13 @@ class ZOTrainerMixin:
             )
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if isinstance(self.zo_optimizer, ZOOptimizer):
+                self.zo_optimizer.engine.flush()
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:

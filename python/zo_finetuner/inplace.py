@@ -56,6 +56,9 @@ class InPlaceProbing:
             self.restore()
         apply_update(self.blocks, update, finite, decay, rounding_seed)
 
+    def flush(self) -> None:
+        """Nothing to write: updates are in the weights."""
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 

@@ -157,7 +157,10 @@ def make_plan(
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
     method = _method(optimizer, model, blocks, batch, settings)
-    require_goes(probing, method.scratch_only)
+    require_goes(probing, method)
+    if method.low_rank:
+        raise InputError(f"{optimizer} probes by side products, whose memory and time are not predicted: plan mezo, "
+                         f"which needs no less")
     if probing == "auto":
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)

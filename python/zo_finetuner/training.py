@@ -77,7 +77,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
-    require_goes(config.probing, method.scratch_only)
+    require_goes(config.probing, method)
 
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)

@@ -115,6 +115,7 @@ class Method(Part):
     slopes: it asks for derivatives (`Slope`) and not for probes; each counts as two forwards.
 
     scratch_only: why its probes cannot be made in place, "" where they can.
+    low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     uniform: every step asks for the same probes (a captured step may stand for all)."""
 
     name = "method"
@@ -123,6 +124,7 @@ class Method(Part):
     directions = 1
     slopes = False
     scratch_only = ""
+    low_rank = False
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

@@ -23,6 +23,7 @@ from zo_finetuner.optim.fixed_scales import FixedScales
 from zo_finetuner.optim.hizoo import HiZOO
 from zo_finetuner.optim.ldsd import LDSD
 from zo_finetuner.optim.learned import constant_scales, learned_scales, ones
+from zo_finetuner.optim.low_rank import LowRank, LowRankMomentum
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.optim.self_calibrated import SelfCalibrated, calibrated_scales
 from zo_finetuner.optim.settings import build, reason
@@ -67,6 +68,10 @@ PRESETS = {
     "es": Preset(
         Composed, lr=5e-4, settings={"estimator": "one-sided", "probes": 30, "baseline": "mean", "spread": True}
     ),
+    "lozo": Preset(LowRank),
+    "lozo-m": Preset(LowRankMomentum),
+    "subzero": Preset(LowRank, settings={"rank": 8, "period": 1000, "two_sided": True}),
+    "es-lowrank": Preset(LowRank, settings={"rank": 1, "period": 0, "limit": 16, "probes": 4}),
     "forward-grad": Preset(Composed, lr=5e-7, settings={"estimator": "slope"}),
 }  # fmt: skip
 METHODS = tuple(PRESETS)
