@@ -18,7 +18,7 @@ from bench.quality.cells import Cell
 from bench.quality.command import plan
 from bench.quality.jobs import Central, Deploy, Learn, Place
 from bench.quality.picture import draw
-from bench.tables import TABLES
+from bench.report import TABLES
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_runs_of_a_seed_are_equal_and_begin_at_the_base_weights(shared, tmp_path
 def test_random_nets_are_drawn_anew_for_every_seed(shared, tmp_path):
     place = bed.Bed(Cell(str(shared / "models" / "tiny"), "sst2", 16), shared, tmp_path)
     make = jobs.maker(Deploy(place.cell, "random"), Place(shared, tmp_path, tmp_path))
-    nets = [make(place.model, seed).nets.w1 for seed in (1, 1, 2)]
+    nets = [make(place.model, seed).scales.nets.w1 for seed in (1, 1, 2)]
     assert torch.equal(nets[0], nets[1]) and not torch.equal(nets[0], nets[2])
 
 
