@@ -125,8 +125,8 @@ def test_the_table_says_who_beats_mezo_and_who_does_not():
     rows += made({"fzoo": [3.1, 3.2, 5.0]}, edge=True, diverged=True)
     text = TABLES["methods"](rows)
     assert "m, t, 100 forwards" in text
-    assert "| `zo-adam` | **better** | 2.800 | 2.500..2.900 |  | 2 | 100 | 1.0e-04 | 2.0 | - |" in text
-    assert "| `hizoo` | equal | 3.100 | 3.100..3.100 |  | 3 | 99 | 1.0e-04 | 2.0 | 1.00 |" in text
+    assert "| `zo-adam` | **better** | 2.800 | 2.500..2.900 | 2 | 100 | 1.0e-04 | 2.0 | - |" in text
+    assert "| `hizoo` | equal | 3.100 | 3.100..3.100 | 3 | 99 | 1.0e-04 | 2.0 | 1.00 |" in text
     assert text.index("`zo-adam`") < text.index("`mezo`") < text.index("zo-finetuner (random nets)")
     assert "(every seed below every seed of MeZO's): zo-adam." in text and "Worse (every seed above): es." in text
     assert "Equal within the seeds' spread: hizoo, fzoo, zo-finetuner (random nets)." in text

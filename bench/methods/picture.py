@@ -23,7 +23,10 @@ def draw(rows: list[Row], path: Path) -> bool:
     figure, panels = plt.subplots(1, len(cells), figsize=(6.2 * len(cells), 1.4 + 0.25 * tallest), squeeze=False)
     for axes, cell in zip(panels.flat, cells, strict=True):
         _panel(axes, cell)
-    figure.tight_layout()
+    names = {"": "MeZO", "better": "better", "equal": "equal within the seeds' spread", "worse": "worse"}
+    handles = [plt.Line2D([], [], color=COLOURS[verdict], marker="o", markersize=4) for verdict in names]
+    figure.legend(handles, names.values(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -46,8 +49,8 @@ def _panel(axes, cell) -> None:
     axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))  # a run that was lost lies outside
     axes.set_yticks(range(len(lines)), [label(name) for name, _ in lines], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out loss after {2 * cell.steps} forwards (dashed: {named}; Adam, first order: {adam:.3f})",
+    axes.set_xlabel(f"held-out loss after {2 * cell.steps} forwards (dashed: {named}; first-order Adam: {adam:.3f})",
                     fontsize=8)  # fmt: skip
-    axes.set_title(f"{cell.name}: green better, grey equal, red worse than MeZO (blue)", fontsize=9)
+    axes.set_title(cell.name, fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.3, axis="x")
