@@ -13,7 +13,7 @@
 
 namespace zo {
 
-enum Stream : uint32_t { DIRECTION = 0, ROUNDING = 1 };
+enum Stream : uint32_t { DIRECTION = 0, ROUNDING = 1, LOW_RANK = 2 };
 
 struct Words {
   uint32_t x, y, z, w;

@@ -9,8 +9,8 @@ namespace zo {
 
 enum class DType : int { FLOAT32, BFLOAT16, FLOAT16 };
 enum class Dist : int { NORMAL, RADEMACHER };
-enum class FormKind : int { PLAIN, WEIGHTED, BELOW, SHIFTED };                                         // forms.py
-enum class Rule : int { MOMENTUM, ADAM, ADAMM, SIGN, SIGN_EMA, CURVATURE, SHIFTED_MEAN };  // rules.py, in its order
+enum class FormKind : int { PLAIN, WEIGHTED, BELOW, SHIFTED };  // zo_kernels/forms.py
+enum class Rule : int { MOMENTUM, ADAM, ADAMM, SIGN, SIGN_EMA, CURVATURE, SHIFTED_MEAN };  // zo_kernels/rules.py
 
 constexpr int MOST_STATES = 3;  // of a rule
 
@@ -39,9 +39,9 @@ struct Table {
 // What stands in place of the noise (zo_kernels/forms.py).
 struct Forms {
   FormKind kind = FormKind::PLAIN;
-  DType dtype = DType::FLOAT32;      // of the states
+  DType dtype = DType::FLOAT32;       // of the states
   std::vector<const void*> states{};  // h or mu of every block, element 0 of the block
-  const float* value = nullptr;      // the limit of every block, or c
+  const float* value = nullptr;       // the limit of every block, or c
 };
 
 // theta_b = round(decay * theta_b + sum_k coefs[k] * scale_kb * z_kb)
@@ -67,7 +67,7 @@ struct Ruled {
 // out = round(theta + sum_k coefs[k] * scale_k * z_k), mirror = round(theta - sum_k ...).
 struct Probe {
   void* out;
-  void* mirror;  // null: none
+  void* mirror;           // null: none
   const uint64_t* seeds;  // the first one's bits round
   const float* coefs;
   int64_t count;

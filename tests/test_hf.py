@@ -63,7 +63,7 @@ def test_eight_by_one_equals_two_by_four(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", ["mezo", "zo-finetuner"])
+@pytest.mark.parametrize("method", ["mezo", "zo-finetuner", "lozo-m"])
 def test_resume_is_bit_equal(tmp_path, dtype, method):
     class StopAt3(TrainerCallback):
         def on_step_end(self, args, state, control, **_):

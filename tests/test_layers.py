@@ -78,7 +78,7 @@ def test_kernels_know_torch_and_triton_only(module):
 
 
 @pytest.mark.parametrize(
-    "module", ("noise", "rounding", "blocks", "dispatch", "backends.reference", "backends.cpu")
+    "module", ("noise", "rounding", "blocks", "forms", "rules", "dispatch", "backends.reference", "backends.cpu")
 )
 def test_the_contract_and_the_backends_do_not_know_the_ops(module):
     assert "zo_kernels.ops" not in reached(f"zo_kernels.{module}")

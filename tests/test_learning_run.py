@@ -8,6 +8,7 @@ import logging
 import lzma
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from zo_finetuner.learning.checkpoint import LEARNED, STATE
 from zo_finetuner.learning.command import add_commands
 from zo_finetuner.learning.run import learn
 from zo_finetuner.learning.settings import LearnSettings
+from zo_finetuner.learning.streaming import Weights
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import MeZO, ZOFineTuner, make_method
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
@@ -59,15 +61,16 @@ def zo(*arguments):
     parsed.pop("run")(parsed)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "improved", "closed-form"])
+@pytest.mark.parametrize("recipe", ["paper", "improved", "closed-form", "forward"])
 def test_learn_deploy_show(place, tmp_path, capsys, recipe):
-    out = tmp_path / "out"
+    out, learned = tmp_path / "out", recipe in ("paper", "improved")
     zo("learn", "--model", place / "model", "--task", "sst2", "--data", place / "data", "--recipe", recipe,
        "--out", out, "--batch-size", 4, "--window", 10, "--num-train", 24, "--num-held-out", 8, "--horizon", 20,
-       *([] if recipe == "closed-form" else ["--windows", 2]))
+       *(["--windows", 2] if learned else []), *(["--forwards", 120] if recipe == "forward" else []))
     said = capsys.readouterr().out
-    assert str(out / LEARNED) in said and "held-out divergence" in said and "try --lr" in said
-    expected = [name for name in FILES if recipe != "closed-form" or name != STATE]
+    assert str(out / LEARNED) in said and "try --lr" in said
+    assert ("99 forwards, on its own rows divergence" if recipe == "forward" else "held-out divergence") in said
+    expected = [name for name in FILES if learned or name != STATE]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
 
     model, _ = load_model(str(place / "model"), "float32")
@@ -76,23 +79,24 @@ def test_learn_deploy_show(place, tmp_path, capsys, recipe):
     assert (card.recipe, card.tasks, card.noise_contract) == (recipe, ("sst2",), 1)
     assert card.base_fingerprint == fingerprint(model) and card.base_model == str(place / "model")
     assert card.names == tuple(name for name, _ in model.named_parameters()) and len(card.sigma) == len(card.names)
-    assert len(card.curve) == (1 if recipe == "closed-form" else 3)
+    assert len(card.curve) == (3 if learned else 1)
     result = json.loads((out / "result.json").read_text())
     assert result["divergence"] == min(result["curve"]) and result["suggested_lr"] > 0
     assert card.metrics["suggested_lr"] == result["suggested_lr"]
 
-    method = "closed-form" if recipe == "closed-form" else "zo-finetuner"
+    method = "zo-finetuner" if learned else "closed-form"
     optimizer = create_zo_optimizer(model, method, lr=1e-4, pertnn=out / LEARNED, batch_size=4)
     ids = torch.arange(3, 19).view(2, 8)
     before = [p.detach().clone() for p in model.parameters()]
     loss = optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
     assert bool(loss.isfinite()) and all(not torch.equal(p, o) for p, o in zip(model.parameters(), before, strict=True))
-    if recipe == "closed-form":  # what the card shows is what is applied, in fp16
+    if not learned:  # what the card shows is what is applied, in fp16
         assert torch.allclose(optimizer.engine.method.scale, torch.tensor(card.sigma), rtol=1e-3)
 
     picture = tmp_path / "picture.png"
     zo("show", out / LEARNED, "--output", picture)
     said = capsys.readouterr().out
+    assert f"bytes in a run, {(out / LEARNED).stat().st_size:,} on disk" in said
     assert f"recipe:                 {recipe}" in said and card.base_fingerprint in said and "learned on:" in said
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5000
     with pytest.raises(InputError, match="picture.png: exists; give --output another name"):
@@ -190,12 +194,29 @@ def test_a_run_that_diverges_at_every_rate_is_given_up(place, tmp_path):
         (dict(num_held_out=0), "sst2: 0 rows to hold out are fewer than a batch of 4"),
         (dict(texts=("nowhere.txt",)), "nowhere.txt: cannot be read"),
         (dict(model="nowhere/"), "model nowhere/"),
+        (dict(recipe="forward", forwards=20), "forwards must be at least 33 for the 16 groups of blocks here, got 20"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(place, tmp_path, changes, match):
     with pytest.raises(InputError, match=match) as caught:
         learn(settings(place, tmp_path / "out", **changes), progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method, match", [("gptq", "cannot be loaded|is quantised"), ("unheard of", "is quantised")])
+def test_a_quantised_base_is_refused(place, tmp_path, method, match):
+    """Whichever package is missing or there: one line, nothing written.  Integer weights: test_loading, test_engine."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=match) as caught:
+        learn(settings(place, tmp_path / "out", model=str(tmp_path / "model")), progress=False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    model, _ = load_model(str(place / "model"), "float32")
+    model.config.quantization_config = {"quant_method": method}
+    with pytest.raises(InputError, match="the base model is quantised: learning needs its unquantised checkpoint"):
+        Weights(model)
 
 
 def test_text_that_cannot_be_learned_on(place, tmp_path):

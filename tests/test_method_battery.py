@@ -26,6 +26,7 @@ CASES["es"] = ("es", {"probes": 4})
 CASES["fzoo"] = ("fzoo", {"probes": 4})
 CASES["ldsd-jaguar"] = ("ldsd-jaguar", {"beta": 0.5})
 CASES["hizoo"] = ("hizoo", {"alpha": 1e-4})
+CASES["subzero"] = ("subzero", {"rank": 2})
 CASES["dizo"] = ("dizo", {"period": 2, "rounds": 2, "project": "k_proj"})
 CASES |= {
     "central 3, adam": ("zo-adam", {"probes": 3}),
@@ -46,10 +47,12 @@ def method(case, **more):
 
 
 def engine_of(case, probing="scratch", seed=SEED, model=None, **more):
-    return Engine(model or Problem(), method(case, **more), eps=EPS, seed=seed, probing=probing)
+    chosen = method(case, **more)
+    return Engine(model or Problem(), chosen, eps=EPS, seed=seed, probing="auto" if chosen.low_rank else probing)
 
 
 def flat(engine):
+    engine.flush()  # low-rank updates are collected
     return engine.model.theta().detach().clone()
 
 
@@ -146,6 +149,11 @@ def test_estimates_are_unbiased_with_the_variance_of_the_theory(name):
 def test_all_probings_agree(case):
     """In place a step's probes are those of a scratch to rounding, through any order of directions."""
     ends = {}
+    if method(case).low_rank:  # `copied` is the dense form of its probes: tests/test_lowrank_probing.py
+        for mode in ("scratch", "inplace", "paired"):
+            with pytest.raises(InputError, match="leave probing auto"):
+                Engine(Problem(), method(case), probing=mode)
+        return
     for mode in ("scratch", "inplace", "paired"):
         if mode == "inplace" and method(case).scratch_only:
             with pytest.raises(InputError, match="use --probing scratch"):
@@ -170,7 +178,7 @@ def test_reference_and_cpu_agree(case):
             engine = engine_of(case, dist="rademacher")
             run(engine, 3)
             ends.append((flat(engine), kept(engine)))
-    if case == "dizo":  # draws normals for its factors
+    if case == "dizo" or method(case).low_rank:  # draws normals, for its factors and for its subspaces
         assert (ends[0][0] - ends[1][0]).abs().max() < 1e-6
     else:
         assert torch.equal(ends[0][0], ends[1][0]) and same(ends[0][1], ends[1][1])
@@ -179,7 +187,8 @@ def test_reference_and_cpu_agree(case):
 @METHOD
 def test_a_resumed_run_is_the_uninterrupted_one(case, tmp_path):
     whole = engine_of(case)
-    run(whole, 5)
+    run(whole, 3), flat(whole)  # to save is to merge what is collected
+    run(whole, 2)
     first = engine_of(case)
     run(first, 3)
     torch.save({"model": first.model.state_dict(), "engine": first.state_dict()}, tmp_path / "state.pt")
@@ -246,7 +255,10 @@ def test_an_exception_leaves_no_trace(case):
             engine.step(loss, LR)
         assert torch.equal(flat(engine), before) and same(kept(engine), memory), at
     run(engine, 2), run(twin, 2)
-    assert torch.equal(flat(engine), flat(twin))
+    if method(case).low_rank:  # merged at other steps, to other roundings
+        assert (flat(engine) - flat(twin)).abs().max() < 1e-6
+    else:
+        assert torch.equal(flat(engine), flat(twin))
 
 
 @METHOD
@@ -270,13 +282,17 @@ def test_frozen_and_tied_tensors(case):
         def look(module, args, output, seen=seen):
             seen.append(module.weight.detach().clone())
 
+        if engine.method.low_rank:  # no weight is perturbed (tests/test_lowrank_probing.py looks at the output)
+            engine.step(loss, 1e-3)
+            assert torch.equal(model.model.norm.weight, torch.ones(32)) is freeze
+            continue
         handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(look, prepend=True)
         engine.step(loss, 1e-3)
         handle.remove()
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert torch.equal(model.model.norm.weight, torch.ones(32)) is freeze
         ends.append(seen[1 if len(seen) > 1 else 0])
-    assert torch.equal(*ends)
+    assert not ends or torch.equal(*ends)
 
 
 @METHOD

@@ -253,6 +253,17 @@ def test_every_bit_and_byte_of_the_words_is_uniform(cpu, stream):
             assert stats.chisquare(counts).pvalue > 1e-4, (j, shift)
 
 
+@pytest.mark.parametrize("dist", contract.DISTRIBUTIONS)
+def test_a_stream_has_noise_of_its_own(backend, dist):
+    seed, start = zk.seed_tensor(2**63 + 5), 2**40 + 3
+    draw = {s: zk.draw_noise(4000, seed, TENSOR_ID, start=start, dist=dist, stream=s) for s in (0, zk.LOW_RANK)}
+    elements = torch.arange(4000) + start
+    expected = getattr(contract, dist)(elements, seed, TENSOR_ID, zk.LOW_RANK)
+    assert torch.allclose(draw[zk.LOW_RANK], expected, rtol=0, atol=1e-5)
+    assert torch.equal(draw[0], zk.draw_noise(4000, seed, TENSOR_ID, start=start, dist=dist))
+    assert abs(draw[0] @ draw[zk.LOW_RANK]) < 5 * 4000**0.5
+
+
 def test_the_streams_are_independent(cpu):
     """Rounding bits must not know the direction that they round."""
     seed = zk.seed_tensor(1)

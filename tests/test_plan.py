@@ -18,12 +18,17 @@ from zo_finetuner.devices import GPUS, Device, described, find_device, probe_cpu
 from zo_finetuner.encoding import collate
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
+from zo_finetuner.history import History
+from zo_finetuner.learning.improved import WARM, ImprovedRecipe
+from zo_finetuner.learning.profile import Mean
+from zo_finetuner.learning.streaming import Turn, Weights
 from zo_finetuner.loading import empty_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import make_method
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.plan import make_plan, plan_devices, planned_rows
 from zo_finetuner.plan_report import as_json, report, verdict
+from zo_finetuner.scale_net import ScaleNet
 
 # What decides shapes in the published config.json files.
 LLAMA = dict(
@@ -134,6 +139,32 @@ def test_any_architecture_is_traced_to_the_byte(cpu, name, tmp_path):
     slack = 800 + 16 * blocks + 4 * 32 * (32 + 2 + 8)
     assert 0 <= later - most <= slack
     assert 0 <= first - plan.memory.scratch - most <= slack
+
+
+@pytest.mark.parametrize("task", ["sst2", "squad"])
+def test_learning_takes_the_predicted_memory(cpu, folder, task):
+    """A meta step of the improved recipe in fp32, whatever dtype the plan is for: never above, and below by no more
+    than the two gradients of the tied embedding, which need not be there while the logits are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plan = make_plan(str(folder), task=task, batch=8, seq=64, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    weights, batch = Weights(model), collate(planned_rows(task, 8, 64), 0, packed=True)
+    names, numels = weights.blocks.names, weights.blocks.numels
+    recipe = ImprovedRecipe(weights, ScaleNet.fresh(names, numels), torch.ones(len(names)), window=20, costs=[Mean()])
+
+    def loss():
+        total, weight = training_loss(model, batch)
+        return total / weight
+
+    def meta_step(k):
+        recipe.step(Turn(loss, 0, History.start(len(names)), k, 0.0))
+
+    for k in range(WARM + 1):
+        meta_step(k)
+    peak = peak_bytes(lambda: meta_step(99))
+    predicted = plan.memory.learning - sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *batch.values()))
+    assert predicted - 2 * 4 * max(numels) < peak <= predicted + 100_000  # networks and numbers per block
 
 
 def test_the_operations_of_a_forward(published):
@@ -257,7 +288,7 @@ def test_the_verdict_comes_first_and_the_json_holds_the_same_numbers(folder, cap
     flags = ["plan", "--model", str(folder), "--batch", "4", "--seq", "16"]
     assert main([*flags, "--device", "H200"]) == 0
     text = capsys.readouterr().out
-    plan = make_plan(str(folder), batch=4, seq=16)
+    plan = make_plan(str(folder), batch=4, seq=16, graphs=True)  # as zo train runs on a GPU
     devices = plan_devices(plan, "h200")
     assert text == report(plan, devices) + "\n"
     assert text.splitlines()[0] == verdict(plan, devices)
@@ -277,6 +308,17 @@ def test_the_verdict_comes_first_and_the_json_holds_the_same_numbers(folder, cap
         assert main(flags) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].endswith(", ".join(device.name for device in GPUS))
+
+
+def test_graphs_hold_what_a_step_takes(folder, capsys):
+    """Beside the eager first step of a shape, which takes as much outside their pool."""
+    m = make_plan(str(folder), batch=4, seq=16, dtype="bfloat16", graphs=True).memory
+    assert m.pool == max(m.activations, m.logits) > 0
+    later = m.scratch + 2 * m.pool
+    assert m.peak == m.weights + m.method + m.tables + max(later, m.first)
+    for flags, counted in ((["--device", "cpu"], False), (["--no-graphs"], False), (["--device", "h100"], True)):
+        assert main(["plan", "--model", str(folder), "--batch", "4", "--seq", "16", "--json", *flags]) == 0
+        assert (json.loads(capsys.readouterr().out)["memory"]["pool"] > 0) == counted
 
 
 BAD = [

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from zo_kernels.blocks import Blocks, BlockStats
+from zo_kernels.forms import Form, below, shifted, weighted
 from zo_kernels.ops import seed_tensor
+from zo_kernels.rules import RULES
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -41,9 +43,19 @@ def dist(signs: bool) -> str:
     return "rademacher" if signs else "normal"
 
 
+def form_of(name: str | None, tensors) -> Form | None:
+    """Of a list of tensors, or of one."""
+    several = isinstance(tensors, list)
+    state = [torch.empty(t.shape) for t in tensors] if several else torch.empty(tensors.shape)
+    if name == "below":
+        return below(torch.ones(len(tensors) if several else ()))
+    return {None: None, "weighted": weighted(state), "shifted": shifted(state, torch.tensor(0.5))}[name]
+
+
 def axpy(
-    *dtypes, count=1, shift=0, decay=False, stochastic=False, per_direction=False, signs=False, view=None, stats=False
-):
+    *dtypes, count=1, shift=0, decay=False, stochastic=False, per_direction=False, signs=False, view=None, stats=False,
+    form=None,
+):  # fmt: skip
     blocks = blocks_of(dtypes or [BF16], shift, view)
     size = len(blocks)
     backend.axpy_(
@@ -55,12 +67,35 @@ def axpy(
         seed_tensor(3) if stochastic else None,
         dist(signs),
         stats_of(stats, size),
+        form_of(form, blocks.tensors),
+    )
+
+
+def state(rule, *dtypes, count=1, shift=0, numel=4096, form=None, small=1.0, keep=True):
+    """A step by a rule: decay, stochastic rounding, a step that may not be kept."""
+    tensors = [torch.empty(numel + shift, dtype=dtype)[shift:] for dtype in dtypes or [BF16]]
+    blocks = Blocks([(f"theta{i}", tensor) for i, tensor in enumerate(tensors)])
+    kind, value = RULES[rule], torch.tensor(small)
+    backend.update_state_(
+        blocks,
+        rule,
+        [[torch.empty(numel) for _ in tensors] for _ in kind.states],
+        seed_tensor(range(count)),
+        torch.full((count,), small),
+        torch.ones(len(blocks)),
+        torch.full((len(kind.numbers) + kind.per_direction * count,), small),
+        form_of(form, tensors),
+        value,
+        seed_tensor(3),
+        torch.tensor(keep),
+        "normal",
     )
 
 
 def scratch(
-    dtype=BF16, *, shift=0, rows=None, width=128, stochastic=False, signs=False, mirror=False, stats=False, tensor_id=7
-):
+    dtype=BF16, *, shift=0, rows=None, width=128, stochastic=False, signs=False, mirror=False, stats=False, tensor_id=7,
+    count=1, form=None,
+):  # fmt: skip
     """`scratch` of a (32, width) tensor."""
     theta = torch.empty(32 * width + shift, dtype=dtype)[shift:].view(32, width)
     out = torch.empty((32 if rows is None else len(rows), width), dtype=dtype)
@@ -69,13 +104,14 @@ def scratch(
         out,
         torch.empty_like(out) if mirror else None,
         tensor_id,
-        seed_tensor(3),
-        torch.tensor(1e-3),
+        seed_tensor(range(count)),
+        torch.full((count,), 1e-3),
         torch.tensor(1.0),
         torch.tensor(0.1) if stochastic else None,
         None if rows is None else torch.tensor(rows),
         dist(signs),
         stats_of(stats, 1),
+        form_of(form, theta),
     )
 
 
@@ -108,10 +144,10 @@ def statistics(*dtypes, shift=0):
     backend.block_stats(blocks, stats_of(True, len(blocks)))
 
 
-# The loops over whole tiles, every access of 16 bytes: name -> (launch, bytes per element, ceilings of instructions per
-# element, largest loop first: the second is a scratch to nearest, another dtype, or the further directions of a dot).
-# Counted with Triton 3.9.0 / 3.6.0; the ceilings leave about 3 %.  At 4 bytes an element an H200 issues 31 instructions
-# in the time of its memory, at 2 bytes 15.5, at 6 bytes 46.6, at 8 bytes 62.
+# The loops over whole tiles, every access of 16 bytes: name -> (launch, bytes read per element, most instructions
+# per element, largest loop first: the second is a scratch to nearest, another dtype, or further directions of a dot).
+# Counted with Triton 3.9.0 / 3.6.0 (one number: 3.9.0); the ceilings leave about 3 %.  At 4 bytes an element an H200
+# issues 31 instructions in the time of its memory, at 2 bytes 15.5, at 6 bytes 46.6, at 8 bytes 62.
 BODIES = {
     "axpy bf16": (lambda: axpy(), 2, [17]),  # 15.6 / 16.2
     "axpy bf16, decay": (lambda: axpy(decay=True), 2, [17.7]),  # 16.6 / 17.2
@@ -142,6 +178,13 @@ BODIES = {
     "update and scratch bf16, mirror, statistics": (
         lambda: update_scratch(stats=True), 2, [54.6, 45.5]),  # 53.0 / 52.8
     "update and scratch fp32, mirror": (lambda: update_scratch(FP32), 4, [34.5]),  # 33.5 / 33.5
+    "scratch bf16, 2 directions, stochastic, mirror": (
+        lambda: scratch(count=2, stochastic=True, mirror=True), 2, [41.9, 32.1]),  # 40.6
+    "scratch bf16, weighted, stochastic, mirror": (
+        lambda: scratch(form="weighted", stochastic=True, mirror=True), 6, [58.9, 49.2]),  # 57.1
+    "axpy bf16, weighted, stochastic": (lambda: axpy(form="weighted", stochastic=True), 6, [55.2]),  # 53.5
+    "axpy bf16, below, stochastic": (lambda: axpy(form="below", stochastic=True), 2, [26.2]),  # 25.4
+    "axpy bf16, shifted, stochastic": (lambda: axpy(form="shifted", stochastic=True), 6, [25.8]),  # 24.9
     "dot bf16": (lambda: dot(), 2, [15.9]),  # 14.8 / 15.4
     "dot bf16, statistics": (lambda: dot(stats=True), 2, [19.2, 15.9]),  # 18.3 / 18.6
     "dot fp32": (lambda: dot(FP32), 4, [15.7]),  # 15.2 / 15.1
@@ -149,6 +192,21 @@ BODIES = {
     "statistics fp16": (lambda: statistics(FP16), 2, [4.9]),  # 4.8 / 4.8
     "statistics fp32": (lambda: statistics(FP32), 4, [4.3]),  # 4.1 / 4.1
 }  # fmt: skip
+
+# The same for rules that keep state: fp32 states beside theta, so instructions per element of a tile are counted by the
+# 16-byte stores: (launch, bytes stored per element, ceiling).  Their times of memory, at 31 instructions for 4 bytes:
+# 93 for one state, 155 for two, 217 for three.
+RULE_BODIES = {
+    "momentum": (lambda: state("momentum"), 6, 29.7),  # 28.8
+    "adam": (lambda: state("adam"), 10, 84.5),  # 82.0: two quotients and a root, rounded once
+    "adam, weighted": (lambda: state("adam", form="weighted"), 10, 116),  # 112.5
+    "adamm": (lambda: state("adamm"), 14, 73.5),  # 71.3
+    "sign": (lambda: state("sign"), 2, 29.3),  # 28.4
+    "sign-ema": (lambda: state("sign-ema"), 6, 33.8),  # 32.8
+    "curvature": (lambda: state("curvature"), 6, 62.6),  # 60.8
+    "shifted-mean, 2 directions": (lambda: state("shifted-mean", count=2), 6, 43.3),  # 42.0
+    "momentum fp32": (lambda: state("momentum", FP32), 8, 21.4),  # 20.8
+}
 
 # Any number of directions: seeds and coefficients are read for every tile, so not all loads have 16 bytes.
 # The masked forms: 2-byte accesses.  name -> (launch, kind of access, bytes of it, ceiling)
@@ -158,6 +216,13 @@ OTHERS = {
     "axpy bf16, transposed": (lambda: axpy(view=lambda x: x.view(64, 64).t()), "STG", 2, 120),
     "scratch bf16, misaligned": (lambda: scratch(shift=1), "STG", 2, 30),
     "scratch bf16 rows of 33": (lambda: scratch(rows=[3], width=33), "STG", 2, 31),
+    "scratch bf16, 5 directions, mirror": (
+        lambda: scratch(count=5, mirror=True),
+        "STG",
+        16,
+        12.5,
+    ),  # 12.0, a half of each element
+    "shifted-mean bf16, 5 directions": (lambda: state("shifted-mean", count=5), "STG", 16, 14.4),  # a third
     "dot bf16, misaligned": (lambda: dot(shift=1), "LDG", 2, 28),
     "statistics bf16, misaligned": (lambda: statistics(shift=1), "LDG", 2, 17.1),  # 11.9 / 16.6
 }
@@ -186,7 +251,25 @@ def test_the_body_moves_16_bytes_and_keeps_to_its_instructions(name, tmp_path):
     assert all(set(accesses(body, "STG")) <= {16} for body in bodies(kernel))
     assert not kernel.spills()
     # 5 or 4 blocks of 128 threads on a multiprocessor of 65,536 registers
-    assert kernel.registers <= (128 if name.startswith(("update", "dot")) else 96)
+    assert kernel.registers <= (128 if name.startswith(("update", "dot")) or "weighted" in name else 96)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", RULE_BODIES)
+def test_a_rule_moves_16_bytes_and_keeps_to_its_instructions(name, tmp_path):
+    launch, stored, ceiling = RULE_BODIES[name]
+    kernel = compiled(launch, tmp_path)
+    (body,) = bodies(kernel)
+    assert set(accesses(body, "STG")) == {16}
+    assert per_element(body, stored) <= ceiling
+    assert not kernel.spills()
+    assert kernel.registers <= 128  # 4 blocks of 128 threads on a multiprocessor
+
+
+@needs_cuobjdump
+def test_a_rule_on_any_address_does_not_spill(tmp_path):
+    kernel = compiled(lambda: state("adamm", shift=1, form="shifted"), tmp_path)
+    assert not kernel.spills() and {2} < set(accesses(kernel.instructions, "LDG"))
 
 
 @needs_cuobjdump
@@ -244,6 +327,7 @@ def test_one_launch_for_a_list_and_one_for_each_kind_of_misfit(monkeypatch):
     every = (BF16, FP16, FP32)
     assert names(lambda: axpy(*every)) == ["axpy_kernel"]
     assert names(lambda: axpy(*every, stats=True)) == ["axpy_kernel", "statistics_kernel"]
+    assert names(lambda: state("adamm", *every, form="weighted")) == ["state_kernel"]
     assert names(lambda: dot(*every, count=3)) == ["read_kernel", "sum_kernel"]
     assert names(lambda: statistics(*every)) == ["read_kernel", "statistics_kernel"]
     assert names(lambda: scratch(mirror=True)) == ["scratch_kernel"]
@@ -288,6 +372,20 @@ def test_what_changes_from_step_to_step_compiles_nothing():
     assert kernels(launches) == 2  # fp32 has nothing to round
 
 
+def test_a_rule_compiles_once():
+    """Numbers, sizes, states, and whether a step is kept, change nothing."""
+    with offline() as launches:
+        for numel, small, keep in ((1, 0.0, True), (100_000, 1.0, False), (4096, 1e-8, True), (16, 16.0, True)):
+            state("adam", numel=numel, small=small, keep=keep, form="shifted")
+            state("momentum", count=3, numel=numel, small=small)
+            state("momentum", count=16, numel=numel, small=small)
+    assert kernels(launches) == 2 and len(launches) == 12
+    with offline() as launches:
+        for count in (3, 4, 16):
+            scratch(count=count)
+    assert kernels(launches) == 1
+
+
 def test_scratches_noise_and_words_compile_once():
     out, seed = torch.empty(2**18), seed_tensor(range(20))
     with offline() as launches:
@@ -302,7 +400,7 @@ def test_scratches_noise_and_words_compile_once():
     with offline() as launches:
         for tensor_id, start in ((0, 0), (1, 1), (16, 2**31), (2**32 - 1, 2**40)):
             for numel in (1, 16, 2**18):
-                backend.noise(out[:numel], seed[tensor_id % 20], tensor_id, start, "normal")
+                backend.noise(out[:numel], seed[tensor_id % 20], tensor_id, start, "normal", tensor_id % 4)
     assert kernels(launches) == 1 and len(launches) == 12
     with offline() as launches:
         for tensor_id, stream, group in ((0, 0, 0), (1, 1, 1), (2**32 - 1, 2**32 - 1, 2**40), (16, 16, -16)):

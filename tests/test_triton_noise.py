@@ -14,6 +14,7 @@ from triton_target import DTYPES, SEEDS, TENSOR_ID, noise, stats_of, words
 
 from zo_kernels.backends import reference
 from zo_kernels.blocks import Blocks
+from zo_kernels.noise import rademacher
 from zo_kernels.ops import seed_tensor
 
 interpreted, target = triton_target.interpreted, triton_target.target  # fixtures
@@ -22,7 +23,7 @@ FAR = 2**31 + 5000  # elements, beyond what an int32 counts
 
 
 def test_the_backends_have_the_same_functions(interpreted):
-    for name in ("words", "noise", "axpy_", "scratch", "update_scratch_", "dot_noise", "block_stats"):
+    for name in ("words", "noise", "axpy_", "update_state_", "scratch", "update_scratch_", "dot_noise", "block_stats"):
         assert inspect.signature(getattr(interpreted, name)) == inspect.signature(getattr(reference, name))
 
 
@@ -84,6 +85,14 @@ def test_normals_are_within_the_budget(target, start):
         assert ((actual.double() - expected.double()).abs() <= target.budget(radius)).all()
         odd = noise(target.backend, 1003, seed, start + 1, "normal", target.device)
         assert torch.equal(odd, actual[1:1004])
+
+
+def test_a_stream_has_noise_of_its_own(target):
+    seed = seed_tensor(SEEDS[1], target.device)
+    z = torch.empty(1000, device=target.device)
+    target.backend.noise(z, seed, TENSOR_ID, 2**40 + 3, "rademacher", 2)
+    elements = torch.arange(1000) + 2**40 + 3
+    assert torch.equal(z.cpu(), rademacher(elements, seed.cpu(), TENSOR_ID, 2))
 
 
 def test_nothing_to_draw_launches_nothing(target):

@@ -7,6 +7,7 @@ Knows tensors, seeds and dtypes; imports torch and nothing above it.  `ops` has 
 from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.dispatch import BACKENDS, backend_name, use_backend, why_unavailable
 from zo_kernels.forms import Form, below, shifted, weighted
+from zo_kernels.low_rank import add_product
 from zo_kernels.noise import LOW_RANK, MASK, NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
 from zo_kernels.ops import block_stats, dot_noise, perturb_, scratch, seed_tensor, update_, update_scratch_, words
 from zo_kernels.ops import noise as draw_noise
@@ -24,6 +25,7 @@ __all__ = [
     "BlockStats",
     "Blocks",
     "Form",
+    "add_product",
     "backend_name",
     "below",
     "block_stats",

@@ -7,7 +7,7 @@
 // CMake compiles this file once per instruction set, with ZO_ISA naming the result; ops.cpp chooses at run time.  Only
 // exactly rounded operations (+, -, *, /, sqrt, explicit fma), no contraction and no reassociation, so all copies give
 // the same bits (tests/test_cpu_kernels.py compares them).  A tensor is walked in pieces (moments.h) of tiles
-// (direction.h), whose arrays stay in L1 (20 KB).
+// (direction.h), whose arrays stay in L1 (22 KB).
 //
 // Everything but the table at the end has internal linkage, and nothing of the C++ library is called: see ZO_INLINE.
 #include "stages.h"
@@ -50,11 +50,15 @@ void pass_as(const Pass& pass) {
     open_form(update.form, tile, at, acc, aside);
     if (update.decay) multiply(*update.decay, tile.runs, acc);
     if (load_mean(update.form, tile, at, z)) multiply_add(update.form.value, z, tile.runs, acc);
+    // Weights probed in place come back and are updated along one z: it is drawn once.
+    const auto next = [&](int64_t k) {
+      if (k == 0 || update.seeds[k] != update.seeds[k - 1]) draw(tile, update.seeds[k], update.form);
+    };
     for (int64_t k = 0; k < last; ++k) {
-      draw(tile, update.seeds[k], update.form);
+      next(k);
       multiply_add(update.steps[k], z, tile.runs, acc);
     }
-    draw(tile, update.seeds[last], update.form);
+    next(last);
     store<T>(tile, update.steps[last], z, acc, draw_bits(tile, update.rounding_seed), theta + at);
     if (pass.moments || pass.displace.out) read(tile, theta + at);
   };
@@ -111,7 +115,8 @@ void pass(const Pass& pass) {
     pass_as<Float16>(pass);
 }
 
-void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist, uint32_t stream) {
+void noise(float* out, uint64_t first, int64_t count, uint64_t seed, uint32_t tensor_id, Dist dist,
+           uint32_t stream) {
   alignas(64) float z[TILE];
   for_tiles(first, count, [&](const Tile& tile) {
     make_direction(tile.first, seed, tensor_id, stream, dist, tile.runs, z);

@@ -1,4 +1,5 @@
-// What kernels.cpp and rules.cpp provide, once per instruction set: work on consecutive elements of one tensor, one thread.
+// What kernels.cpp and rules.cpp provide, once per instruction set: work on consecutive elements of one tensor, by one
+// thread.
 #pragma once
 #include "moments.h"
 #include "philox.h"
@@ -33,8 +34,8 @@ struct Project {
   double* sums;
 };
 
-// out = round(theta + sum_k steps[k] * z_k), mirror (null: none) = round(theta - sum_k ...), of the theta that `Advance`
-// stored.
+// out = round(theta + sum_k steps[k] * z_k), mirror (null: none) = round(theta - sum_k ...), of the theta that
+// `Advance` stored.
 struct Displace {
   void* out;
   void* mirror;

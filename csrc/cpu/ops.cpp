@@ -61,8 +61,9 @@ Form form_of(const Forms& forms, size_t block, int64_t first) {
 }
 
 Advance advance_of(const Update& update, const std::vector<float>& steps, const Table::Chunk& chunk) {
-  return {update.seeds, &steps[chunk.block * size_t(update.count)],       update.count, update.decay,
-          update.rounding_seed, form_of(update.forms, chunk.block, chunk.first)};
+  const float* const own = &steps[chunk.block * size_t(update.count)];
+  const Form form = form_of(update.forms, chunk.block, chunk.first);
+  return {update.seeds, own, update.count, update.decay, update.rounding_seed, form};
 }
 
 // fl32(coefs[k] * scale_k).

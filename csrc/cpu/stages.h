@@ -1,5 +1,5 @@
-// The stages of a tile of weights, shared by the passes (kernels.cpp) and the rules that keep state (rules.cpp): reading
-// and writing a dtype, sums of directions, forms of a direction.  Simple loops over arrays that stay in L1.
+// The stages of a tile of weights, shared by the passes (kernels.cpp) and the rules that keep state (rules.cpp):
+// reading and writing a dtype, sums of directions, forms of a direction.  Simple loops over arrays that stay in L1.
 #pragma once
 #include "direction.h"
 #include "dtype.h"

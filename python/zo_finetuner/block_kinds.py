@@ -43,3 +43,24 @@ def depths(names: Sequence[str]) -> list[float]:
     last = max((layer for layer in layers if layer is not None), default=0)
     outside = [-0.1 if block_kind(name) == "embedding" else 1.1 for name in names]
     return [x if layer is None else layer / max(last, 1) for layer, x in zip(layers, outside, strict=True)]
+
+
+#: Kinds that are one group whatever their depth: few elements, or none inside the layers.
+_ONE_GROUP = {"norm", "bias", "embedding", "head", "other"}
+
+
+def block_groups(names: Sequence[str], most: int = 24) -> tuple[list[int], list[str]]:
+    """(number of every block's group, the groups' labels): blocks of one kind in one third of the depth, or in one
+    half, or anywhere, so that there are `most` groups at most."""
+    for parts in (3, 2, 1):
+        labels = [_group(block_kind(name), depth, parts) for name, depth in zip(names, depths(names), strict=True)]
+        distinct = list(dict.fromkeys(labels))
+        if len(distinct) <= most:
+            break
+    return [distinct.index(label) for label in labels], distinct
+
+
+def _group(kind: str, depth: float, parts: int) -> str:
+    if kind in _ONE_GROUP or parts == 1 or not 0 <= depth <= 1:
+        return kind
+    return f"{kind} {min(int(depth * parts), parts - 1) + 1}/{parts}"

@@ -17,7 +17,7 @@ from zo_finetuner.scale_net import FEATURES
 
 FORMAT_VERSION = 1
 #: What each recipe's networks read.
-RECIPES = {"paper": INPUTS, "improved": FEATURES, "closed-form": FEATURES}
+RECIPES = {"paper": INPUTS, "improved": FEATURES, "closed-form": FEATURES, "forward": FEATURES}
 
 _MAX_CARD = 4 << 20  # characters; OPT-30B's card has 37,000
 _SAMPLE = 256  # leading elements of every parameter that a fingerprint reads

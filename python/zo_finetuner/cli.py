@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add_settings_flag(plan, "--set", "a setting of the optimizer, NAME=VALUE; as often as needed")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
+    plan.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="count what CUDA graphs of steps hold "
+                      "(default: as zo train makes them, on a GPU)")
     plan.add_argument("--device", help="cpu, or a GPU by name (default: the one here, else all that are known)")
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="a device of so much memory")
     plan.add_argument("--json", action="store_true", help="print the numbers as JSON (bytes, seconds)")
@@ -149,7 +151,11 @@ def _plan(arguments: dict[str, Any]) -> None:
 
     settings = parse_settings(arguments.get("set", []))
     asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype")
-    plan = make_plan(arguments["model"], **{name: arguments[name] for name in asked}, settings=settings)
+    graphs = arguments["graphs"]
+    if graphs is None:
+        graphs = (arguments["device"] or "").casefold() != "cpu"
+    named = {name: arguments[name] for name in asked}
+    plan = make_plan(arguments["model"], **named, settings=settings, graphs=graphs)
     devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
     print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 

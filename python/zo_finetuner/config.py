@@ -16,6 +16,8 @@ from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
 
+GRAPHS = ("auto", "always", "never")  # auto: on a GPU (no "on" and "off", which YAML takes for true and false)
+
 
 def _option(default: Any, help: str) -> Any:
     if isinstance(default, dict):
@@ -36,6 +38,7 @@ class RunConfig:
     pertnn: str | None = _option(
         None, "learned scales (.safetensors or published .pth) for zo-finetuner (default: fresh nets) and other methods"
     )
+    transfer: bool = _option(False, "take nets or scales of another depth or width of this family, block by block")
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
@@ -49,6 +52,7 @@ class RunConfig:
     probing: str = _option(
         "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
     )
+    graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
     lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
@@ -71,7 +75,7 @@ class RunConfig:
         for name in ("model", "task", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
-        check_method(self.optimizer, self.pertnn or None, self.set)
+        check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)
         preset = PRESETS[self.optimizer]
         self.lr, self.eps = _first(self.lr, preset.lr), _first(self.eps, preset.eps)
         for name in ("lr", "eps"):
@@ -87,7 +91,7 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        for name, choices in (("probing", MODES), ("dtype", DTYPES)):
+        for name, choices in (("probing", MODES), ("graphs", GRAPHS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ class UncoveredWeightError(RuntimeError):
 class CoverageCheck(TorchDispatchMode):
     """Raises UncoveredWeightError at the first operator that reads the memory of a block.
 
-    Views read nothing and pass; what is done with them is checked.  `paused()` lets the probing's own reads through."""
+    Views read nothing and pass; what is done with them is checked.  `paused()` lets the probing's own reads through.
+    homes: for the name of a block, those of modules that may read it."""
 
-    def __init__(self, model: nn.Module, blocks: Blocks):
+    def __init__(self, model: nn.Module, blocks: Blocks, homes: Mapping[str, Set[str]] | None = None):
         super().__init__()
+        self._homes = homes or {}
         self._model = model
         spans = sorted(
             (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
@@ -82,6 +84,8 @@ class CoverageCheck(TorchDispatchMode):
     def _check(self, tensor: Tensor, func) -> None:
         at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         if at >= 0 and tensor.data_ptr() < self._spans[at][1]:
+            if self._calls and self._calls[-1] in self._homes.get(self._spans[at][2], ()):
+                return
             where = (self._calls[-1] or type(self._model).__name__) if self._calls else "code outside the model"
             raise UncoveredWeightError(
                 f"{self._spans[at][2]} is read by {func} in {where}, not by the module that owns it: a scratch probe "

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zo_finetuner.errors import InputError
-from zo_finetuner.packing import Document, fill_rows, grow, lay_out
+from zo_finetuner.packing import Document, fill_few_shapes, fill_rows, grow, lay_out, power_of_two
 from zo_finetuner.tasks import Task
 from zo_finetuner.tasks.templates import Row
 
@@ -132,18 +133,22 @@ def collate(
     packed: bool = False,
     multiple_of: int = 8,
     gold_only: bool | None = None,
+    few_shapes: bool = False,
 ) -> dict[str, Tensor]:
     """One batch for `objective`, as int64 and bool tensors on the CPU.
 
     packed: examples share rows (`packing`), and candidates of several tokens their prompt. For models that keep
     them apart: pass `isolation.can_pack(model)`. Otherwise every sequence has a row of its own, padded behind.
     T is a multiple of `multiple_of`.
+    few_shapes: padded more coarsely (`packing`), for graphs of whole steps; the loss is the same.
 
     Always there: input_ids, position_ids (N, T), and where logits are wanted: places (N, K), chosen (M,); with a
     row that several share also trunks, branches (N, T) (`packing.lay_out`). With gold_only (the default but for
     classification) of S = B sequences, each row's first correct option,
-        targets (S, L)  option tokens, right-aligned, IGNORED before them; L is the longest option
-        counted (M,)    flat indices of the M real targets, in the order of the labels
+        targets (S, L)  option tokens, right-aligned, IGNORED before them; L is the longest option, with few_shapes a
+                        power of two beyond it
+        counted (M,)    flat indices of the M real targets, in the order of the labels; with few_shapes ends in zeros,
+                        which is no target's place
     Otherwise S counts all candidates of all B rows, and there are besides
         members (B, C)  which sequence is candidate c of row b
         valid (B, C)    whether b has a candidate c
@@ -156,7 +161,7 @@ def collate(
         gold_only = encodeds[0].kind != "classification"
     if gold_only:
         gold = [[(e.sequences[e.labels[0]], e.option_lengths[e.labels[0]])] for e in encodeds]
-        return collate_options(gold, pad_id, packed=packed, multiple_of=multiple_of)
+        return collate_options(gold, pad_id, packed=packed, multiple_of=multiple_of, few_shapes=few_shapes)
 
     counts = torch.tensor([len(e.sequences) for e in encodeds])
     valid = torch.arange(int(counts.max())) < counts[:, None]
@@ -164,12 +169,12 @@ def collate(
     if all(e.shares_prompt for e in encodeds):
         prompts = [Document(e.sequences[0][:-1]) for e in encodeds]
         labels = [(i, 0, len(prompt) - 1) for i, prompt in enumerate(prompts)]
-        batch = _lay_out(prompts, labels, pad_id, packed, multiple_of)
+        batch = _lay_out(prompts, labels, pad_id, packed, multiple_of, few_shapes)
         options = torch.tensor([s[-1] for e in encodeds for s in e.sequences])
         batch["candidates"], members[valid] = options.unique(return_inverse=True)
     else:
         candidates = [list(zip(e.sequences, e.option_lengths, strict=True)) for e in encodeds]
-        batch = collate_options(candidates, pad_id, packed=packed, multiple_of=multiple_of)
+        batch = collate_options(candidates, pad_id, packed=packed, multiple_of=multiple_of, few_shapes=few_shapes)
         members[valid] = torch.arange(batch["targets"].shape[0])
     gold = torch.tensor([e.labels[0] for e in encodeds])
     return batch | {"members": members, "valid": valid, "gold": gold}
@@ -181,6 +186,7 @@ def collate_options(
     *,
     packed: bool = False,
     multiple_of: int = 8,
+    few_shapes: bool = False,
 ) -> dict[str, Tensor]:
     """`collate` for groups of (sequence, length of the option that ends it), S in all; those of a group share their
     prompt in a packed batch."""
@@ -194,18 +200,22 @@ def collate_options(
                 labels += [(len(documents), path, p) for p in range(end - next(lengths), end)]
             documents.append(document)
     options = [sequence[-length:] for group in groups for sequence, length in group]
-    width = max(map(len, options))
+    longest = max(map(len, options))
+    width = power_of_two(longest + 1, 64) if few_shapes else longest
     targets = torch.tensor([[IGNORED] * (width - len(option)) + list(option) for option in options])
-    batch = _lay_out(documents, labels, pad_id, packed, multiple_of)
-    return batch | {"targets": targets, "counted": (targets != IGNORED).flatten().nonzero().flatten()}
+    batch = _lay_out(documents, labels, pad_id, packed, multiple_of, few_shapes)
+    counted = (targets != IGNORED).flatten().nonzero().flatten()
+    return batch | {"targets": targets, "counted": F.pad(counted, (0, len(batch["chosen"]) - len(counted)))}
 
 
 def _lay_out(
-    documents: list[Document], labels: list[tuple[int, int, int]], pad_id: int, packed: bool, multiple_of: int
+    documents: list[Document], labels: list[tuple[int, int, int]], pad_id: int, packed: bool, multiple_of: int,
+    few_shapes: bool,
 ) -> dict[str, Tensor]:
     sizes = [len(document) for document in documents]
-    rows = fill_rows(sizes, multiple_of) if packed else [[i] for i in range(len(sizes))]
-    return lay_out(documents, rows, labels, pad_id, multiple_of)
+    fill = fill_few_shapes if few_shapes else fill_rows
+    rows = fill(sizes, multiple_of) if packed else [[i] for i in range(len(sizes))]
+    return lay_out(documents, rows, labels, pad_id, multiple_of, few_shapes)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 8) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@
     tell      the method turns the losses into coefficients, or asks again              optim/
     apply     theta = round(decay * theta + sum coef * scale * z), one pass             update.py, zo_kernels
 
+`begin`, `compute`, `end`: what the host does before, what the device does (and a CUDA graph may repeat, `graphs.py`),
+what the host does after.
+
 The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
 and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
 the device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
@@ -34,6 +37,7 @@ from zo_kernels import NOISE_VERSION, Blocks, block_stats
 logger = logging.getLogger(__name__)
 
 LossFn = Callable[[], Tensor | float]
+LossOf = Callable[[Any], Tensor | float]
 
 
 class Engine:
@@ -65,8 +69,8 @@ class Engine:
         self.model, self.method = model, method
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
-        self._parameters = [parameters[name] for name in self.blocks.names]
-        self.probing = make_probing(probing, model, self.blocks, method.scratch_only)
+        self.parameters = [parameters[name] for name in self.blocks.names]
+        self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
         self.step_count = 0
@@ -81,8 +85,6 @@ class Engine:
         self._skipped_host = self._skipped_copy.numpy()  # read without an operator of torch
         self._told = 0  # skipped steps already reported
 
-    @torch.no_grad()
-    @casts_not_kept()
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
         """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
         times more before it trusts a kind of model call.  Returns the mean of the probes' losses (0-dim fp32, on the
@@ -91,19 +93,35 @@ class Engine:
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
         """
+        self.begin(lr)
+        loss = self.compute(loss_fn)
+        self.end()
+        return loss
+
+    def step_on(self, loss_of: LossOf, inputs: Any, lr: float | Tensor) -> Tensor:
+        """`step` on the loss `loss_of(inputs)`: the form that `graphs.GraphedSteps` repeats on other inputs."""
+        return self.step(lambda: loss_of(inputs), lr)
+
+    @torch.no_grad()
+    def begin(self, lr: float | Tensor) -> None:
+        """Before a step: checks, what was to be told of the step before, and the step's inputs."""
         self._require_unmoved()
         self._report_skips()
-        training = self.model.training
-        self.model.eval()  # no dropout: both probes must see the same function
         self.inputs.fill(lr, self.seed, self.step_count)
-        context = self._context()
-        before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
+
+    @torch.no_grad()
+    @casts_not_kept()
+    def compute(self, loss_fn: LossFn, captured: bool = False) -> Tensor:
+        """What the device does in a step; returns its loss.  captured: into a CUDA graph, which has no step number."""
+        training = self.model.training
+        self.model.eval()  # no dropout: both probes must see the same function
+        before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         try:
             with phase("ask"):
-                request = self.method.ask(context)
+                request = self.method.ask(self._context(None if captured else self.step_count))
             if self.step_count == 0:
                 self._report_share(request)
             while not isinstance(request, Update):
@@ -123,18 +141,23 @@ class Engine:
             raise
         finally:
             self.model.train(training)
-        self.step_count += 1
         return loss
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After a step: it is counted, and what the next one tells of it is sent without waiting."""
+        self.step_count += 1
+        self._skipped_copy.copy_(self.skipped, non_blocking=True)
 
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
-        for name, tensor, parameter in zip(self.blocks.names, self.blocks.tensors, self._parameters, strict=True):
+        for name, tensor, parameter in zip(self.blocks.names, self.blocks.tensors, self.parameters, strict=True):
             if not tensor.is_set_to(parameter):
                 raise RuntimeError(f"{name} has moved since the optimizer was made: make it after model.to(...)")
 
-    def _context(self) -> StepContext:
+    def _context(self, step: int | None) -> StepContext:
         return StepContext(
-            step=self.step_count,
+            step=step,
             lr=self.inputs.lr,
             eps=self.eps,
             seed=self.inputs.seeds.__getitem__,
@@ -158,7 +181,6 @@ class Engine:
         for name, tensor in self.method.kept().items():
             tensor.copy_(torch.where(finite, tensor, before[name]))
         self.skipped += ~finite
-        self._skipped_copy.copy_(self.skipped, non_blocking=True)
         self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
         self.projected_grad.copy_(torch.where(finite, update.projected_grad, 0.0))
 
@@ -184,8 +206,15 @@ class Engine:
         values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
         return {name: float(value) for name, value in values.items()}
 
+    def flush(self) -> None:
+        """Write what a method of low-rank directions has collected into the weights; a model that is called, saved or
+        loaded does so by itself."""
+        self.probing.flush()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-equal resume needs besides the weights."""
+        """Everything a bit-equal resume needs besides the weights.  It flushes, as saving the model does: a run is
+        continued to the bit from where it was saved."""
+        self.flush()
         return {
             "noise_version": NOISE_VERSION,
             "method": self.method.name,

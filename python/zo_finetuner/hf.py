@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
@@ -28,7 +29,9 @@ class ZOTrainerMixin:
     """Keyword arguments besides the Trainer's own:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
-        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
+        "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
+        then runs twice for a shape and not again.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
         None: the Trainer's own `compute_loss`.
     """
@@ -58,20 +61,31 @@ class ZOTrainerMixin:
             )
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if isinstance(self.zo_optimizer, ZOOptimizer):
+                self.zo_optimizer.engine.flush()
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
-        window, self._window = self._window, []
+        window, self._window = [dict(batch) for batch in self._window], []
+        self._stepped_model = model
         with self.compute_loss_context_manager():
-            self.zo_optimizer.evaluate(lambda: self._window_loss(model, window, num_items_in_batch))
+            self.zo_optimizer.evaluate_on(self._loss_of, (window, num_items_in_batch))
         return self.zo_optimizer.engine.last_loss.clone()
 
-    def _window_loss(self, model: nn.Module, window: list[dict[str, Any]], num_items_in_batch: Any) -> Tensor:
+    def _loss_of(self, inputs: tuple[list[dict[str, Any]], Any]) -> Tensor:
+        """The loss of a window: (its micro-batches, what the Trainer counted in them)."""
+        model, (window, num_items_in_batch) = self._stepped_model, inputs
         if self._objective is not None:
             sums, weights = zip(*(self._objective(model, batch) for batch in window), strict=True)
             return torch.stack(sums).sum() / torch.stack(weights).sum()
-        losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in window]
+        with masks_unread():
+            losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in window]
         # With num_items_in_batch each loss is already divided by the whole window's number of tokens.
         divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return torch.stack(losses).sum() if divided else torch.stack(losses).mean()

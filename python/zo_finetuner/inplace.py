@@ -21,6 +21,7 @@ class InPlaceProbing:
     one and the way to the next are one pass of two directions."""
 
     mode = "inplace"
+    settled, grown = True, 0  # there is no scratch
 
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.blocks = blocks
@@ -54,6 +55,9 @@ class InPlaceProbing:
         else:  # a state is of the update alone, and a curvature that it changes is that of the way back
             self.restore()
         apply_update(self.blocks, update, finite, decay, rounding_seed)
+
+    def flush(self) -> None:
+        """Nothing to write: updates are in the weights."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

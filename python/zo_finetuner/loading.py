@@ -100,7 +100,7 @@ def told_as_input_error(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: the package of a quantisation
         reason = " ".join(str(error).split())
         raise InputError(f"{what} ({reason[:300]})") from None
 

@@ -84,3 +84,16 @@ def positions_as_given() -> Iterator[None]:
 
 def _not_packed(position_ids: Tensor) -> None:
     return None
+
+
+@contextlib.contextmanager
+def masks_unread() -> Iterator[None]:
+    """Within it transformers makes masks without looking at what is in them, as it does while a CUDA graph is captured.
+
+    It otherwise reads back, in every forward, whether anything is padded or packed, to leave a mask out."""
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked

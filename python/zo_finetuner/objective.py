@@ -35,7 +35,7 @@ def training_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             loss = F.cross_entropy(scores, batch["gold"], reduction="sum")
         return loss, loss.new_full((), scores.shape[0])
     loss = option_losses(model, batch).sum()
-    return loss, loss.new_full((), batch["counted"].shape[0])
+    return loss, (batch["targets"] >= 0).sum().to(loss.dtype)
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -72,7 +72,7 @@ def option_losses(model: nn.Module, batch: Batch) -> Tensor:
         logits = label_logits(model, batch)
     with phase("loss"):
         if are_losses:
-            losses = logits[:, 0]
+            losses = logits[:, 0].masked_fill(wanted < 0, 0.0)  # a batch of few shapes ends in such
         else:
             logits = logits.float()  # under the same name: the 16-bit ones go
             losses = F.cross_entropy(logits, wanted, reduction="none")

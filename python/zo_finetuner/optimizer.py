@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_finetuner.engine import Engine, LossFn
+from zo_finetuner.engine import Engine, LossFn, LossOf
 from zo_finetuner.errors import require_positive
+from zo_finetuner.graphs import Capturer, GraphedSteps
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import PRESETS, Preset, make_method
 from zo_finetuner.optim.mezo import MeZO
@@ -24,7 +25,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     """A zeroth-order optimizer over the trainable parameters of `model` (a PEFT model trains its adapter).
 
     method: an ask/tell method; default `MeZO()`.  lr: positive and finite; change it through `param_groups` or an LR
-    scheduler.  Other arguments: see `Engine`.
+    scheduler.  graphs: whether steps of `evaluate_on` are repeated as CUDA graphs (`graphs.py`), or what captures them
+    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  Other arguments: see `Engine`.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        graphs: bool | Capturer = False,
     ):
         require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
         blocks = trainable_blocks(model)
@@ -50,6 +53,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             weight_decay=weight_decay,
             blocks=blocks,
         )
+        self.graphs = GraphedSteps(self.engine, None if graphs is True else graphs) if graphs else None
         self._stepped = False
 
     def step(self, closure: LossFn | None = None) -> Tensor | None:
@@ -67,6 +71,13 @@ class ZOOptimizer(torch.optim.Optimizer):
     def evaluate(self, closure: LossFn) -> Tensor:
         """A whole step, for loops that call `step()` without a closure afterwards."""
         loss = self.engine.step(closure, self.param_groups[0]["lr"])
+        self._stepped = True
+        return loss
+
+    def evaluate_on(self, loss_of: LossOf, inputs: Any) -> Tensor:
+        """`evaluate` of the loss `loss_of(inputs)`; the form that graphs can repeat: see `GraphedSteps.step`."""
+        step = self.engine.step_on if self.graphs is None else self.graphs.step
+        loss = step(loss_of, inputs, self.param_groups[0]["lr"])
         self._stepped = True
         return loss
 
@@ -91,6 +102,7 @@ def create_zo_optimizer(
     seed: int = 0,
     probing: str = "auto",
     weight_decay: float = 0.0,
+    graphs: bool | Capturer = False,
     **arguments: Any,
 ) -> ZOOptimizer:
     """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own.
@@ -100,4 +112,6 @@ def create_zo_optimizer(
     method = make_method(optimizer, model, seed=seed, **arguments) if named else optimizer
     preset = PRESETS[optimizer] if named else Preset(type(method))
     lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
-    return ZOOptimizer(model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay)
+    return ZOOptimizer(
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs
+    )

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zo_finetuner.calls import Call
 from zo_finetuner.halves import Halves, NotHalves, argument_names
@@ -65,6 +66,10 @@ class PairedProbing(ScratchProbing):
         if model in self._modules:
             self._give_up("trainable weights belong to the model itself, not to a module inside it")
 
+    @property
+    def settled(self) -> bool:
+        return super().settled and (bool(self.reason) or self._met <= self._trusted)
+
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
         second = self._pair is not None and probe is self._pair[1]
@@ -93,7 +98,8 @@ class PairedProbing(ScratchProbing):
             return
         for at, (probe, following) in enumerate(pairwise(probes)):
             if probe.direction is following.direction:
-                verdict = rehearsal(self, (probe, following), losses[at : at + 2], loss_fn)
+                with _disable_current_modes():  # who watches a step for waits is not to see those that are made once
+                    verdict = rehearsal(self, (probe, following), losses[at : at + 2], loss_fn)
                 if verdict:
                     self._give_up(verdict)
                 elif verdict is not None:

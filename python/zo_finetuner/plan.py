@@ -53,6 +53,11 @@ class Memory:
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
                  and, for 16-bit weights, fp32 copies of them; what the forward keeps for the backward
     inference    weights and a forward on the same batch
+    pool         what graphs of whole steps hold all the time: what a step of the largest bucket needs; the first step
+                 of a bucket is eager and takes its own beside it.  0 without graphs
+    learning     `zo learn` of scales on the same batch, in fp32: weights, a forward that keeps what its backward
+                 needs, 9/8 of the largest gradient and a tied embedding's (`learning/streaming.py`): a bound.  Not
+                 counted: the momentum of recipe "paper".  Recipe "forward" takes no more than an fp32 step in place
     """
 
     weights: int
@@ -66,11 +71,13 @@ class Memory:
     moments: int
     kept: int
     inference: int
+    pool: int
+    learning: int
 
     @property
     def peak(self) -> int:
         later = self.scratch + max(self.activations, self.logits)
-        return self.weights + self.method + self.tables + max(later, self.first)
+        return self.weights + self.method + self.tables + max(later + self.pool, self.first)
 
     @property
     def ratio(self) -> float:
@@ -131,11 +138,13 @@ def make_plan(
     probing: str = "auto",
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    graphs: bool = False,
 ) -> Plan:
     """Predict one step of `source`, a folder with a config.json or a Hub id (of which the config alone is fetched).
 
     batch: rows; seq: tokens of each that are fed, rounded up as `collate` does.  option_tokens: of an answer; default 1
-    in classification (one prompt pass scores all candidates), else 16.  Raises InputError."""
+    in classification (one prompt pass scores all candidates), else 16.  graphs: whether steps are captured into CUDA
+    graphs.  Raises InputError."""
     check_method(optimizer, settings=settings)
     if probing not in MODES:
         raise InputError(f'unknown probing "{probing}"{nearest(probing, MODES)}; there are: {", ".join(MODES)}')
@@ -148,12 +157,15 @@ def make_plan(
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
     method = _method(optimizer, model, blocks, batch, settings)
-    require_goes(probing, method.scratch_only)
+    require_goes(probing, method)
+    if method.low_rank:
+        raise InputError(f"{optimizer} probes by side products, whose memory and time are not predicted: plan mezo, "
+                         f"which needs no less")
     if probing == "auto":
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     name, parameters = type(model).__name__, sum(blocks.numels)
     try:
-        memory, work, largest = _predict(model, blocks, rows, method, probing)
+        memory, work, largest = _predict(model, blocks, rows, method, probing, graphs)
     except InputError:
         raise
     except Exception as error:  # code of a model that needs values where there are only shapes fails in its own way
@@ -225,12 +237,15 @@ def _method(
 
 
 def _predict(
-    model: nn.Module, blocks: Blocks, rows: list[Encoded], method: Method, probing: str
+    model: nn.Module, blocks: Blocks, rows: list[Encoded], method: Method, probing: str, graphs: bool
 ) -> tuple[Memory, Work, str]:
     numel, size = sum(blocks.numels), blocks.tensors[0].element_size()
     learned = isinstance(method.scales, Learned)
-    data = collate(rows, pad_id=0, packed="position_ids" in forward_accepts(model))  # others cannot tell rows apart
+    packed = "position_ids" in forward_accepts(model)  # others cannot tell rows apart
+    data = collate(rows, pad_id=0, packed=packed, few_shapes=graphs)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
+    named = len([*model.named_parameters(remove_duplicate=False)])
+    tied = max(blocks.numels) if named > len([*model.parameters()]) else 0  # of what is tied the largest, an embedding
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
     batch = {name: tensor.to("meta") for name, tensor in data.items()}
@@ -262,6 +277,8 @@ def _predict(
     work = replace(work, moved=work.moved + 2 * state)
     if learned:
         work = replace(work, moved=work.moved + trained)  # statistics of all weights
+    kept = trace_loss(model, batch, gradients=True).kept
+    backward = trace_loss(model.float(), batch, gradients=True).peak
     memory = Memory(
         weights=held,
         scratch=scratch,
@@ -272,8 +289,10 @@ def _predict(
         first=first,
         gradients=trained,
         moments=numel * (8 if size == 4 else 12),
-        kept=trace_loss(model, batch, gradients=True).kept,
+        kept=kept,
         inference=held + once.peak,
+        pool=max(cost.body, cost.logits) if graphs else 0,
+        learning=held + numel * (4 - size) + backward + 4 * (9 * max(blocks.numels) // 8 + tied),
     )
     return memory, work, largest
 

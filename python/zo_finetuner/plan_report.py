@@ -55,16 +55,18 @@ def report(plan: Plan, devices: Sequence[Device]) -> str:
         (copies, m.scratch),
         ("activations: most tensors alive at once before the head", m.activations),
         ("logits and loss: the same from the head on (the larger counts)", m.logits),
+        ("CUDA graphs: a captured step's own", m.pool),
         ("method: state of every weight, nets, scales, statistics", m.method),
         ("kernel tables", m.tables),
         ("first step: its scratch grows and its rounding is checked", m.first),
     ]
-    if m.first <= m.scratch + max(m.activations, m.logits):
+    if m.first <= m.scratch + max(m.activations, m.logits) + m.pool:
         rows.pop()
     totals = [
         ("peak", m.peak),
         ("inference on the same batch", m.inference),
         ("first-order Adam: weights, gradients, moments, kept activations", m.adam),
+        ("learning scales: fp32 weights, activations, largest gradients", m.learning),
     ]
     dtype = str(plan.dtype).removeprefix("torch.")
     lines = [

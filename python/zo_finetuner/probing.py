@@ -7,9 +7,11 @@
                stack and swaps the parameter's storage, an always-called forward hook swaps it back.  theta is never
                written: `torch.equal` after any number of probes, after an exception, after Ctrl-C.
     paired     a scratch for each sign, made in one pass, and one forward of a doubled batch for both.
+    lowrank    low-rank directions as side products of the forward; updates are collected and merged rarely.  It goes
+               with the methods that have such directions, and is not asked for.
 
-All (`inplace.py`, `scratch.py`, `paired.py`) are used as `with probing.at(probe, following): loss = ...`, then
-`apply()` or `restore()`.
+All (`inplace.py`, `scratch.py`, `paired.py`, `lowrank.py`) are used as `with probing.at(probe, following): loss = ...`,
+then `apply()` or `restore()`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import nn
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.inplace import InPlaceProbing
+from zo_finetuner.lowrank import LowRankProbing
+from zo_finetuner.optim.base import Method
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.slices import slicing
@@ -28,22 +32,28 @@ PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceP
 MODES = ("auto", *PROBINGS)
 
 
-def require_goes(mode: str, scratch_only: str) -> None:
-    """InputError for probing in place of a method that cannot be probed so."""
-    if mode == "inplace" and scratch_only:
-        raise InputError(f"probing inplace does not go with this method: {scratch_only}; use --probing scratch")
+def require_goes(mode: str, method: Method) -> None:
+    """InputError for a mode in which a method cannot be probed."""
+    if method.low_rank and mode != "auto":
+        raise InputError(f"{method.name} probes by side products of the forward, not {mode}: leave probing auto")
+    if mode == "inplace" and method.scratch_only:
+        raise InputError(f"probing inplace does not go with this method: {method.scratch_only}; use --probing scratch")
 
 
 def make_probing(
-    mode: str, model: nn.Module, blocks: Blocks, scratch_only: str = ""
-) -> InPlaceProbing | ScratchProbing | PairedProbing:
-    """mode "auto": scratch where any trainable weight has 16 bits, else in place.  scratch_only: why the method cannot
-    be probed in place, "" where it can.  Paired probing doubles activations and is asked for by name: on a CPU (16
-    prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0.  Raises InputError."""
+    mode: str, model: nn.Module, blocks: Blocks, method: Method | None = None
+) -> InPlaceProbing | ScratchProbing:
+    """mode "auto": what the method asks for, else scratch where any trainable weight has 16 bits, else in place.
+    method: None for one that can be probed in every way.  Paired probing doubles activations and is asked for by name:
+    on a CPU (16 prompts of SST-2, 6M weights) a step takes .92 of scratch's, padded 1.0.  Raises InputError."""
     if mode not in MODES:
         raise ValueError(f"unknown probing {mode!r}; there are: {', '.join(MODES)}")
-    require_goes(mode, scratch_only)
-    if mode == "auto":
-        mode = "scratch" if scratch_only or any(t.dtype != torch.float32 for t in blocks.tensors) else "inplace"
+    method = Method() if method is None else method
+    require_goes(mode, method)
     slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
+    if method.low_rank:
+        return LowRankProbing(model, blocks)
+    if mode == "auto":
+        any_16 = any(t.dtype != torch.float32 for t in blocks.tensors)
+        mode = "scratch" if method.scratch_only or any_16 else "inplace"
     return PROBINGS[mode](model, blocks)

@@ -41,6 +41,16 @@ class ScratchProbing:
         self._frames: list[Frame] = []
         self._checked = False
 
+    @property
+    def settled(self) -> bool:
+        """Whether the next step will do nothing that is done once: it could be captured into a CUDA graph."""
+        return self._checked
+
+    @property
+    def grown(self) -> int:
+        """How often the scratch has grown, that is, moved."""
+        return sum(stack.grown for stack in self._stacks.values())
+
     def measure(self) -> None:
         """Set the rounding thresholds from the weights as they are now (one read of them)."""
         largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in self.blocks.tensors]
@@ -54,7 +64,7 @@ class ScratchProbing:
             yield
             return
         self._probe = probe
-        check = contextlib.nullcontext() if self._checked else CoverageCheck(self.model, self.blocks)
+        check = contextlib.nullcontext() if self._checked else self._coverage()
         self._own_reads = contextlib.nullcontext if self._checked else check.paused
         handles = []
         try:
@@ -69,6 +79,9 @@ class ScratchProbing:
                 self._frames.pop().undo()
             for handle in handles:
                 handle.remove()
+
+    def _coverage(self) -> CoverageCheck:
+        return CoverageCheck(self.model, self.blocks)
 
     def _swap_in(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if torch.is_grad_enabled():
@@ -134,18 +147,21 @@ class ScratchProbing:
     def restore(self) -> None:
         """Nothing to undo: theta was never written."""
 
+    def flush(self) -> None:
+        """Nothing to write: updates are in the weights."""
+
     def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
         apply_update(self.blocks, update, finite, decay, rounding_seed)
 
     @torch.no_grad()
-    def realised_share(self, probe: Probe) -> Tensor:
+    def realised_share(self, probe: Probe, blocks: list[int] | None = None) -> Tensor:
         """Per block <d, p> / <p, p>, d the rounded perturbation that is made and p the one that is meant, over at most
-        2^20 elements of it: (blocks,) fp32.  1 is exact; a small block under stochastic rounding scatters around 1;
-        NaN where nothing is meant (a mask, a scale of 0)."""
+        2^20 elements of it: (blocks,) fp32, of all or of those numbered.  1 is exact; a small block under stochastic
+        rounding scatters around 1; NaN where nothing is meant (a mask, a scale of 0)."""
         self._probe = probe
         shares = []
-        for b, tensor in enumerate(self.blocks.tensors):
-            theta = tensor.reshape(-1)[:SHARE_SAMPLE]
+        for b in range(len(self.blocks)) if blocks is None else blocks:
+            theta = self.blocks.tensors[b].reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
             meant = probe.stacked.displacement(theta, self.blocks.ids[b], b).double()

@@ -46,12 +46,13 @@ class Frame:
 
 class ScratchStack:
     """Byte buffers on one device used as a stack: a module that calls children keeps its slice below theirs.
-    It grows on the first forward and then stays; its size is that of the deepest nesting of swapped modules."""
+    It grows on the first forward and then stays; its size is that of the deepest nesting of swapped modules.
+    grown: how often it has."""
 
     ALIGN = 256
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.grown = device, 0
         self._buffers: list[Tensor] = []
         self._top = (0, 0)  # buffer number, offset in it
 
@@ -67,8 +68,10 @@ class ScratchStack:
         if number < len(self._buffers) and offset + size > self._buffers[number].numel() and offset:
             number, offset = number + 1, 0
         if number == len(self._buffers):
+            self.grown += 1
             self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         elif offset + size > self._buffers[number].numel():  # free from its start on: replace it by a larger one
+            self.grown += 1
             self._buffers[number] = torch.empty(0)  # given back first: never both at once
             self._buffers[number] = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._top = (number, -(-(offset + size) // self.ALIGN) * self.ALIGN)

@@ -70,13 +70,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
         random_weights=config.random_weights,
     )
+    graphs = use_graphs(config.graphs, model)
     limit = min(config.max_length, context_length(model))
     splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
     method = make_method(
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
-        pertnn=config.pertnn, settings=config.set,
+        pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
-    require_goes(config.probing, method.scratch_only)
+    require_goes(config.probing, method)
 
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)
@@ -93,7 +94,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         write_json(out / "before.json", before)
     _say("before", before, task)
 
-    trainer = _trainer(config, out, model, tokenizer, task, splits, method)
+    trainer = _trainer(config, out, model, tokenizer, task, splits, method, graphs)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
@@ -132,7 +133,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _trainer(
     config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, task: Task, splits: dict[str, list[Encoded]],
-    method: Method,
+    method: Method, graphs: bool,
 ) -> TaskTrainer:
     every = config.eval_steps or max(1, config.steps // 5)
     arguments = TrainingArguments(
@@ -156,6 +157,7 @@ def _trainer(
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # it waits for the device at every step; the engine has its own
         max_grad_norm=0.0,
+        accelerator_config={"non_blocking": model.device.type != "cpu"},  # batches are pinned: sending does not wait
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
@@ -166,12 +168,21 @@ def _trainer(
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["dev"],
-        data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model)),
+        data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model), few_shapes=graphs),
         task=task,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing},
+        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
         objective=training_loss,
     )
+
+
+def use_graphs(choice: str, model: nn.Module) -> bool:
+    """Whether steps are captured; choice: one of `config.GRAPHS`.  InputError for "always" where they cannot be."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    can = len(devices) == 1 and model.device.type == "cuda"
+    if choice == "always" and not can:
+        raise InputError(f"graphs always: the model is on {', '.join(sorted(devices))}; CUDA graphs need one GPU")
+    return can and choice != "never"
 
 
 def prior_loss(task: Task, train: list[Row], held_out: list[Row]) -> float | None:

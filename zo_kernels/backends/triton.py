@@ -1,33 +1,37 @@
 """The Triton backend: launchers of `zo_kernels.triton_kernels`, with the names and signatures of `reference`.
 
-`axpy_`, `dot_noise` and `block_stats` make one launch for all the tensors of a list that are contiguous on 16-byte
-boundaries, whatever their dtypes, from tables that live on the device; the tables are built at the first call and
-cached on the `Blocks` object.  The other tensors (`misfits`) take a slower kernel, one launch for each number of
-strided dimensions.  `scratch` and `update_scratch_` make one launch per tensor.  Statistics and dots end in one small
-launch more.  Only building tables waits for the device (so make one call before capturing a CUDA graph).
+`axpy_`, `update_state_`, `dot_noise` and `block_stats` make one launch for all the tensors of a list that are
+contiguous on 16-byte boundaries, whatever their dtypes, from tables that live on the device; the tables are built at
+the first call and cached on the `Blocks` object.  The other tensors (`misfits`), and all where a state is not aligned,
+take a slower kernel, one launch for each number of strided dimensions.  `scratch` and `update_scratch_` make one launch
+per tensor.  Statistics and dots end in one small launch more.  Only building tables waits for the device (so make one
+call before capturing a CUDA graph).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels.backends import reference
 from zo_kernels.blocks import Blocks, BlockStats
-from zo_kernels.forms import Form
+from zo_kernels.forms import KINDS, Form
 from zo_kernels.noise import DIRECTION
+from zo_kernels.rules import RULES
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
 from zo_kernels.triton_kernels.scratch import scratch_kernel
+from zo_kernels.triton_kernels.states import VISITS, state_kernel
 from zo_kernels.triton_kernels.statistics import statistics_kernel
-from zo_kernels.triton_kernels.table import Group, Tables, build
+from zo_kernels.triton_kernels.table import DTYPES, Group, Tables, addresses_of, build
 
 BLOCK = 2048  # elements per tile: two 16-byte accesses of a 16-bit dtype per thread, 40 to 80 registers
 UPDATE_BLOCK = 1024  # of update_scratch_: four Philox calls per 8 elements took 117 registers at 2048, take 72
+STATE_BLOCK = 1024  # of update_state_: theta and three states
 CHUNK = 1 << 16  # elements per program of a list: 458,000 chunks for 30B parameters, a table of 7.3 MB
 SPAN = 1 << 14  # elements per program of scratch: a 4096 x 4096 matrix has 1,024 programs, for 132 processors
 LANES = 256  # chunks that the second stage of a reduction reads at a time
@@ -57,14 +61,12 @@ def words(out: Tensor, seed: Tensor, tensor_id: int, stream: int, first_group: i
 
 
 def noise(out: Tensor, seed: Tensor, tensor_id: int, start: int, dist: str, stream: int = DIRECTION) -> None:
-    if stream != DIRECTION:
-        return reference.noise(out, seed, tensor_id, start, dist, stream)
     numel = out.numel()
     if numel:
         tiles = (start + numel - 1) // BLOCK - start // BLOCK + 1
         with _on(out.device):
             noise_kernel[(tiles,)](
-                out, numel, seed, tensor_id, start, BLOCK=BLOCK, SIGNS=dist == "rademacher", **LAUNCH
+                out, numel, seed, tensor_id, start, stream, BLOCK=BLOCK, SIGNS=dist == "rademacher", **LAUNCH
             )
 
 
@@ -85,9 +87,15 @@ def misfits(blocks: Blocks) -> list[str]:
     return [blocks.names[b] for b in sorted(slow)]
 
 
-def _options(group: Group, dist: str) -> dict:
-    """What kernels over tables are compiled for."""
-    shape = {"DTYPES": group.dtypes, "ALIGNED": group.aligned, "DIMS": group.dims, "CHUNK": CHUNK, "BLOCK": BLOCK}
+def _options(group: Group, dist: str, aligned: bool = True) -> dict:
+    """What kernels over tables are compiled for.  aligned: whether the states are."""
+    shape = {
+        "DTYPES": group.dtypes,
+        "ALIGNED": group.aligned and aligned,
+        "DIMS": group.dims,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+    }
     return shape | {"SIGNS": dist == "rademacher"} | LAUNCH
 
 
@@ -107,6 +115,22 @@ def _finish(stats: BlockStats | None, partial: Tensor | None, blocks: Tensor | N
         statistics_kernel[grid](partial, blocks, len(partial), *stats, LANES=LANES, **LAUNCH)
 
 
+def _held(count: int) -> int:
+    """How many directions a kernel holds in registers: all, or none."""
+    return count if count <= IN_REGISTERS else 0
+
+
+def _form_of_list(blocks: Blocks, form: Form | None) -> tuple[tuple, tl.dtype, bool]:
+    """For a kernel over tables: (addresses of h or mu, values, their stride), the dtype, whether all are aligned."""
+    if form is None:
+        return (None, None, 0), tl.float32, True
+    stride = int(KINDS[form.kind].per_block)
+    if form.state is None:
+        return (None, form.value, stride), tl.float32, True
+    table, aligned = addresses_of(blocks, [form.state])
+    return (table, form.value, stride), DTYPES[form.state[0].dtype], aligned
+
+
 def _stride(scale: Tensor | None, one: int) -> int:
     """From one direction's scales to the next's; `one` is the rank of a scale that serves them all."""
     return 0 if scale is None or scale.dim() == one else scale.stride(0)
@@ -123,12 +147,11 @@ def axpy_(
     stats: BlockStats | None,
     form: Form | None = None,
 ) -> None:
-    if form is not None:
-        return reference.axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, stats, form)
     if not len(blocks):
         return
     tables, count = _tables(blocks), seeds.shape[0]
     partial = _partial(tables.chunks, stats, blocks.device)
+    shape, dtype, aligned = _form_of_list(blocks, form)
     with _on(blocks.device):
         for group in tables.groups:
             axpy_kernel[(len(group.chunks),)](
@@ -142,9 +165,11 @@ def axpy_(
                 count,
                 decay,
                 None if group.dtypes == (tl.float32,) else rounding_seed,
+                *shape,
                 _from(group.first, partial),
-                COUNT=count if count <= IN_REGISTERS else 0,
-                **_options(group, dist),
+                STATE=dtype,
+                COUNT=_held(count),
+                **_options(group, dist, aligned),
             )
         _finish(stats, partial, tables.blocks)
 
@@ -160,13 +185,14 @@ def _scratch(
     dist: str,
     stats: BlockStats | None,
 ) -> None:
-    """update: (seeds or None, coefs, scale, decay, rounding seed); probe: (seed, coef, scale, nearest_above)."""
+    """update: seeds or None, coefs, scale, decay, rounding seed; probe: seeds, coefs, scale, nearest_above, form."""
     seeds, coefs, scale, decay, rounding_seed = update
-    seed, coef, probe_scale, nearest_above = probe
+    probe_seeds, probe_coefs, probe_scale, nearest_above, form = probe
+    state, value = (None, None) if form is None else (form.state, form.value)
     if theta.dtype == torch.float32:
         rounding_seed = nearest_above = None
-    tensors = (theta, out) if mirror is None else (theta, out, mirror)
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    tensors = (theta, out, mirror, state)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors if tensor is not None)
     if not out.numel():
         width = repeats = pieces = 0
     elif rows is None:
@@ -178,7 +204,7 @@ def _scratch(
         # A row that begins inside a span reaches into one more.
         whole = SPAN % width == 0 or width % SPAN == 0
         pieces = -(-width // SPAN) + (not whole)
-    count = 0 if seeds is None else seeds.shape[0]
+    count, probes = 0 if seeds is None else seeds.shape[0], probe_seeds.numel()
     partial = _partial(pieces, stats, theta.device)
     with _on(theta.device):
         if repeats * pieces:
@@ -197,14 +223,19 @@ def _scratch(
                 count,
                 decay,
                 rounding_seed,
-                seed,
-                coef,
+                probe_seeds,
+                probe_coefs,
                 probe_scale,
+                _stride(probe_scale, 0),
+                probes,
                 nearest_above,
+                state,
+                value,
                 partial,
                 SPAN=SPAN,
                 BLOCK=BLOCK if seeds is None else UPDATE_BLOCK,
-                COUNT=count if count <= IN_REGISTERS else 0,
+                COUNT=_held(count),
+                PROBES=_held(probes),
                 SIGNS=dist == "rademacher",
                 ALIGNED=aligned,
                 **LAUNCH,
@@ -226,11 +257,7 @@ def scratch(
     stats: BlockStats | None,
     form: Form | None = None,
 ) -> None:
-    if form is not None or seeds.numel() > 1:
-        return reference.scratch(
-            theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, stats, form
-        )
-    probe = (seeds, coefs, scale, nearest_above)
+    probe = (seeds, coefs, scale, nearest_above, form)
     _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats)
 
 
@@ -252,7 +279,7 @@ def update_scratch_(
     stats: BlockStats | None,
 ) -> None:
     update = (seeds, coefs, scale, decay, rounding_seed)
-    probe = (next_seed, next_coef, next_scale, nearest_above)
+    probe = (next_seed, next_coef, next_scale, nearest_above, None)
     _scratch(theta, out, mirror, None, tensor_id, update, probe, dist, stats)
 
 
@@ -281,7 +308,53 @@ def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, s
         _finish(stats, partial, tables.blocks)
 
 
-update_state_ = reference.update_state_
+def update_state_(
+    blocks: Blocks,
+    rule: str,
+    states: Sequence[Sequence[Tensor]],
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    numbers: Tensor,
+    form: Form | None,
+    decay: Tensor | None,
+    rounding_seed: Tensor | None,
+    keep: Tensor | None,
+    dist: str,
+) -> None:
+    if not len(blocks):
+        return
+    tables, count = _tables(blocks), seeds.shape[0]
+    addresses, aligned = addresses_of(blocks, states)
+    shape, dtype, shape_aligned = _form_of_list(blocks, form)
+    with _on(blocks.device):
+        for group in tables.groups:
+            options = _options(group, dist, aligned and shape_aligned)
+            options["BLOCK"] = STATE_BLOCK if states else BLOCK
+            state_kernel[(len(group.chunks),)](
+                tables.blocks,
+                group.chunks,
+                group.layouts,
+                addresses,
+                len(blocks),
+                numbers,
+                keep,
+                scale,
+                _stride(scale, 1),
+                seeds,
+                coefs,
+                count,
+                decay,
+                None if group.dtypes == (tl.float32,) else rounding_seed,
+                *shape,
+                VISIT=VISITS[rule],
+                WEIGHTS=RULES[rule].per_direction,
+                STATES=len(states),
+                NUMBERS=len(RULES[rule].numbers),
+                STATE=dtype,
+                COUNT=_held(count),
+                **options,
+            )
 
 
 def dot_noise(blocks: Blocks, seeds: Tensor, out: Tensor, dist: str, stats: BlockStats | None) -> None:

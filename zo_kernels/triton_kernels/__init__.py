@@ -2,11 +2,12 @@
 
     noise       the noise contract on the device: Philox words, normals, signs, rounding bits
     rounding    fp32 to bf16 and fp16, to nearest and stochastically
-    directions  what directions do to a tile: the update and its rounding
+    directions  what directions, in their form, do to a tile: the update and its rounding
     span        the shared walk over consecutive elements: 128-bit body, masked tail
     table       one launch for many tensors: the tables, built and read
     statistics  mean, variance, norm, non-finite count, in two stages
     axpy        one launch for a whole model's tensors, in place
+    states      the same by a rule that keeps state
     scratch     one tensor, or some of its rows, into a scratch and its mirror; with an update first
     dot         products with noise and statistics: what only reads
 

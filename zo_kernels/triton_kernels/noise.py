@@ -96,9 +96,9 @@ def _angle(w):
 
 
 @triton.jit
-def normal(first, i, seed, tensor_id, BLOCK: tl.constexpr):
+def normal(first, i, seed, tensor_id, stream, BLOCK: tl.constexpr):
     """Standard normals of a tile: fp32 (BLOCK,).  No argument is subnormal, so `.ftz` flushes nothing."""
-    w = words(first >> 3, i // 8, seed, tensor_id, DIRECTION, BLOCK // 8)
+    w = words(first >> 3, i // 8, seed, tensor_id, stream, BLOCK // 8)
     u = tl.fma(w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33: never 0
     radius = _sqrt(_abs_log2(u) * 1.3862943611198906)
     angle = _angle(w)
@@ -106,21 +106,27 @@ def normal(first, i, seed, tensor_id, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rademacher(first, i, seed, tensor_id, BLOCK: tl.constexpr):
+def rademacher(first, i, seed, tensor_id, stream, BLOCK: tl.constexpr):
     """Random signs of a tile: fp32 (BLOCK,), +1 where the bit is 1 and -1 where it is 0."""
-    w = words(first >> 7, i // 128, seed, tensor_id, DIRECTION, BLOCK // 128)
+    w = words(first >> 7, i // 128, seed, tensor_id, stream, BLOCK // 128)
     lift = (31 - tl.arange(0, 32)).to(tl.uint32)
     lifted = tl.reshape(w[:, None] << lift[None, :], (BLOCK,))  # each element's bit is now bit 31
     return ((lifted & 0x80000000) ^ 0xBF800000).to(tl.float32, bitcast=True)  # 0xbf800000 is -1
 
 
 @triton.jit
+def draw(first, i, seed, tensor_id, stream, BLOCK: tl.constexpr, SIGNS: tl.constexpr):
+    """Noise of any stream (uint32) for a tile: fp32 (BLOCK,)."""
+    if SIGNS:
+        return rademacher(first, i, seed, tensor_id, stream, BLOCK)
+    else:
+        return normal(first, i, seed, tensor_id, stream, BLOCK)
+
+
+@triton.jit
 def direction(first, i, seed, tensor_id, BLOCK: tl.constexpr, SIGNS: tl.constexpr):
     """z of a tile: fp32 (BLOCK,)."""
-    if SIGNS:
-        return rademacher(first, i, seed, tensor_id, BLOCK)
-    else:
-        return normal(first, i, seed, tensor_id, BLOCK)
+    return draw(first, i, seed, tensor_id, DIRECTION, BLOCK, SIGNS)
 
 
 @triton.jit
@@ -147,18 +153,19 @@ def words_kernel(
     tl.store(out + place, w.to(tl.int32, bitcast=True), mask=(place >= 0) & (place < groups * 4))
 
 
-@triton.jit(do_not_specialize=["out", "numel", "seed", "tensor_id", "start"])
+@triton.jit(do_not_specialize=["out", "numel", "seed", "tensor_id", "start", "stream"])
 def noise_kernel(
     out,  # fp32 (numel,)
     numel: tl.int64,
     seed,  # int64 ()
     tensor_id: tl.int64,
     start: tl.int64,  # global index of out[0]
+    stream: tl.int64,
     BLOCK: tl.constexpr,
     SIGNS: tl.constexpr,
 ):
     """One program per tile of BLOCK elements; tiles are cut at multiples of BLOCK."""
     tile = (start & -BLOCK) + tl.program_id(0).to(tl.int64) * BLOCK
-    z = direction(tile, 0, tl.load(seed), tensor_id, BLOCK, SIGNS)
+    z = draw(tile, 0, tl.load(seed), tensor_id, stream.to(tl.uint32), BLOCK, SIGNS)
     place = tile - start + tl.arange(0, BLOCK)
     tl.store(out + place, z, mask=(place >= 0) & (place < numel))

@@ -7,6 +7,7 @@ index does not wrap inside one and no result depends on a tensor's neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zo_kernels.blocks import Blocks
+from zo_kernels.triton_kernels.directions import load_form
 
 # A block's row.
 ADDRESS = tl.constexpr(0)  # data_ptr
@@ -27,7 +29,8 @@ CHUNKS = tl.constexpr(6)
 FIELDS = tl.constexpr(7)
 # A chunk's row: its block, and its first element in it (above -128, see `open_chunk`).
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+KEPT = 64  # lists of states whose addresses stay on a `Blocks`
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass
@@ -97,11 +100,24 @@ def build(blocks: Blocks, addresses: tuple[int, ...], chunk: int) -> Tables:
         if rank:
             pairs = [dims[b] if len(dims[b]) == rank else [(1, 0)] * rank for b in range(len(blocks))]
             layouts = torch.tensor([[*zip(*row, strict=True)] for row in pairs]).flatten(1).to(blocks.device)
-        names = tuple(_DTYPES[dtype] for dtype in dtypes)
+        names = tuple(DTYPES[dtype] for dtype in dtypes)
         groups.append(Group(names, aligned, rank, some, torch.cat(rows).to(blocks.device), first, layouts))
     fields = (addresses, blocks.numels, blocks.offsets, blocks.ids, kinds, firsts, counts)
     rows = torch.tensor(fields, dtype=torch.int64).t().contiguous().to(blocks.device)
     return Tables(addresses, rows, groups, total)
+
+
+def addresses_of(blocks: Blocks, states: Sequence[Sequence[Tensor]]) -> tuple[Tensor, bool]:
+    """Addresses of tensors like the blocks, int64 (states, blocks) on the device, and whether all are multiples of 16.
+    The last ones are kept on `blocks`, for the next step and for captured graphs: states are written in place."""
+    key = tuple(state.data_ptr() for of_blocks in states for state in of_blocks)
+    kept = blocks.__dict__.setdefault("triton_state_tables", {})
+    if key not in kept:
+        if len(kept) == KEPT:
+            del kept[next(iter(kept))]
+        table = torch.tensor(key, dtype=torch.int64).view(len(states), len(blocks)).to(blocks.device)
+        kept[key] = table, all(address % 16 == 0 for address in key)
+    return kept[key]
 
 
 @triton.jit
@@ -133,3 +149,35 @@ def open_tensor(row, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, DIMS: tl
         return tl.multiple_of(tensor + start, 16)
     else:
         return tensor + start
+
+
+@triton.jit
+def open_state(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to the element at lane 0 of a chunk's span, of a contiguous tensor like the block, whose address is
+    at `address`."""
+    state = tl.load(address).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        return tl.multiple_of(state + start, 16)
+    else:
+        return state + start
+
+
+@triton.jit
+def open_states(addresses, stride, start, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """COUNT fp32 states of a block; addresses: pointer to the first one's, `stride` before the next."""
+    states = ()
+    for k in tl.static_range(COUNT):
+        states = states + (open_state(addresses + k * stride, start, tl.float32, ALIGNED),)
+    return states
+
+
+@triton.jit
+def open_list_form(addresses, values, value_stride, block, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """`load_form` of a block.  addresses: int64 (blocks,) of h or mu, or None; values: fp32, a value for every block
+    (value_stride 1) or one for all (0), or None."""
+    if values is not None:
+        values += block * value_stride
+    if addresses is None:
+        return load_form(None, values)
+    else:
+        return load_form(open_state(addresses + block, start, DTYPE, ALIGNED), values)

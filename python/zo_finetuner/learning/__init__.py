@@ -6,6 +6,7 @@
     profile.py       where a two-point step gains and what its noise costs, block by block
     improved.py      the recipe that learns
     closed_form.py   scales from a few backward passes, without learning
+    forward_only.py  the same from forward passes alone
     scoring.py       the meta loss on held-out rows
     sources.py       tasks, and plain text (text.py), as learning sets
     base.py          the base model's own weights, from its files

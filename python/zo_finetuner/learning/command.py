@@ -31,7 +31,8 @@ def _add_learn(verbs: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder of a Hugging Face model, or a Hub id; loaded in float32")
     add("--output-dir", "--out", required=True, help="where the learned optimizer goes")
-    add("--recipe", default="improved", help="improved (default), paper, or closed-form (8 backward passes)")
+    add("--recipe", default="improved", help="improved (default), paper, closed-form (8 backward "
+        "passes), or forward (the same from forward passes alone)")
     add("--task", action="append", default=[], help="a task to learn on; may be given several times")
     add("--data", action="append", default=[], help="folder of the task, or one with a folder per task")
     add("--text", action="append", default=[], help="a .txt, .txt.xz or .jsonl file, or a folder of them")
@@ -46,8 +47,9 @@ def _add_learn(verbs: Any) -> None:
     add("--zeroth-order", action="store_true", help="paper: move the base model by two-point steps instead of SGD")
     add("--keep-gradients", action=argparse.BooleanOptionalAction, help="paper: hold all gradients until their norm is "
         "known (faster), or take a second backward pass (less memory); default: by size")
-    add("--power", type=float, default=0.5, help="closed-form: exponent of the gradient energy (default: 0.5)")
-    add("--prune", type=float, default=0.0, help="improved, closed-form: skip blocks whose squared scale is below this")
+    add("--forwards", type=int, default=1000, help="forward: passes to spend per task or text (default: 1000)")
+    add("--power", type=float, default=0.5, help="closed-form, forward: exponent of the gradient energy (default: 0.5)")
+    add("--prune", type=float, default=0.0, help="all but paper: skip blocks whose squared scale is below this")
     add("--num-train", type=int, help="rows per task (default: the protocol's), windows per text (1000)")
     add("--num-held-out", type=int, help="rows held out per task (default: the protocol's dev), per text (128)")
     add("--max-length", type=int, default=2048, help="longest sequence of a task")
@@ -64,13 +66,14 @@ def _learn(arguments: dict[str, Any]) -> None:
 
     given = {_LISTS.get(name, name): value for name, value in arguments.items() if name not in ("verb", "run")}
     result = learn(LearnSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}))
-    print(f"{result['file']}: held-out divergence {result['divergence']:.3f} (equal scales "
+    spent = f"{result['forwards']} forwards, on its own rows" if "forwards" in result else "held-out"
+    print(f"{result['file']}: {spent} divergence {result['divergence']:.3f} (equal scales "
           f"{result['divergence_sigma_one']:.3f}, random nets {result['divergence_random_nets']:.3f}, closed form "
           f"{result['divergence_closed_form']:.3f}); try --lr {result['suggested_lr']:.1e}; {result['seconds']:.0f} s")
 
 
 def _show(arguments: dict[str, Any]) -> None:
-    from zo_finetuner.learning.show import describe_card, draw_scales, scales_to_show
+    from zo_finetuner.learning.show import describe_card, draw_scales, held_bytes, scales_to_show
     from zo_finetuner.pertnn_io import load_pertnn
 
     nets, card = load_pertnn(arguments["file"])
@@ -80,7 +83,7 @@ def _show(arguments: dict[str, Any]) -> None:
     if picture.exists() and not arguments["overwrite"]:
         raise InputError(f"{picture}: exists; give --output another name, or --overwrite")
     sigma, meaning = scales_to_show(nets, card)
-    print(describe_card(card, sigma, meaning))
+    print(describe_card(card, sigma, meaning, held_bytes(nets), Path(arguments["file"]).stat().st_size))
     title = f"{Path(arguments['file']).name}: {meaning}"
     draw_scales(picture, nets.names, sigma, title, normalised=bool(card.sigma))
     print(f"{'picture:':<24}{picture}")

@@ -16,6 +16,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.history import History
 from zo_finetuner.learning.base import BaseWeights
 from zo_finetuner.learning.closed_form import batch_energy
+from zo_finetuner.learning.forward_only import history_of, measure_forward, rounds_within
 from zo_finetuner.learning.improved import ImprovedRecipe
 from zo_finetuner.learning.paper import PaperRecipe
 from zo_finetuner.learning.profile import Layout, Mean
@@ -44,7 +45,7 @@ class Diverged(Exception):
 class Learner:
     """Learning on one model.  `state_dict` is complete at the end of every window.
 
-    Raises InputError: what `Weights` raises, a learning set with too few rows."""
+    Raises InputError: what `Weights` raises, a learning set with too few rows, too few forwards for a round."""
 
     def __init__(
         self, model: nn.Module, pad_id: int, sets: list[LearningSet], settings: LearnSettings, source: str | None = None
@@ -53,6 +54,8 @@ class Learner:
             learning_set.require(settings.batch_size)
         self.model, self.pad_id, self.sets, self.settings = model.eval(), pad_id, sets, settings
         self.weights = Weights(model)
+        if settings.recipe == "forward":
+            rounds_within(settings.forwards, self.weights.blocks.names)
         self.share = share_of(model, self.weights.blocks, settings.batch_size)
         self.base = BaseWeights(self.weights, source)
         self.epoch = len(sets[0].train) // settings.batch_size
@@ -64,13 +67,17 @@ class Learner:
         self.window, self.slower = 0, 1.0
         self.points: list[Point] = []
         self.first_losses: list[float] = []
+        self.forwards = 0  # spent by recipe "forward"
         self.energies: list[Tensor] = []  # batch energies at the base weights, of the learning sets
         self.snapshots = [_copied(self.recipe.nets)]  # before learning, then after every window
         self.log: list[dict[str, float | int | str]] = []
 
     def measure_base(self) -> None:
         """The first points, losses and energies, at the base weights, which come back exactly."""
-        self._measure(at_base=True)
+        if self.settings.recipe == "forward":
+            self._measure_forward()
+        else:
+            self._measure(at_base=True)
         self.base.restore()  # probes leave roundings behind
 
     def run(self, save: Callable[[dict[str, Any]], None], progress: bool = True) -> None:
@@ -171,6 +178,27 @@ class Learner:
                     raise InputError(f"{learning_set.name}: the base model's own loss is not finite ({loss})")
                 self.first_losses.append(loss)
                 self.energies.append(self._batch_energy(learning_set))
+
+    def _measure_forward(self) -> None:
+        """The same without a backward pass, on the learning rows; a gain has the noise of its batch in it."""
+        for task, learning_set in enumerate(self.sets):
+            found = measure_forward(
+                self.weights,
+                lambda number, rows=learning_set.train: self.batch(rows, number),
+                self.costs[task],
+                forwards=self.settings.forwards,
+                eps=self.settings.eps,
+                seed=derive_seed(self.settings.seed, task, 3),
+            )
+            if found.trace < 3 * found.trace_error:
+                logger.warning("%s: the losses' curvature, %.3g, does not stand above its error, %.3g: suggested_lr is "
+                               "a guess; give more --forwards or a larger --eps", learning_set.name, found.trace,
+                               found.trace_error)  # fmt: skip
+            history = history_of(found.losses, len(self.weights.blocks))
+            self.points.append(Point(task, self.weights.stats(), history, found.energy))
+            self.first_losses.append(float(found.losses.mean()))
+            self.energies.append(found.energy)
+            self.forwards += found.forwards
 
     def _batch_energy(self, learning_set: LearningSet) -> Tensor:
         count = self.settings.window if self.settings.recipe == "closed-form" else ENERGY_BATCHES

@@ -49,7 +49,7 @@ def learn(settings: LearnSettings, progress: bool = True) -> dict[str, Any]:
     if state is None:
         for name in (STATE, RESULT, LEARNED, LOG, PICTURE):
             (out / name).unlink(missing_ok=True)
-    if settings.recipe == "closed-form":
+    if settings.recipe in ("closed-form", "forward"):
         nets, curve, numbers = _closed_form(learner)
     else:
         learner.run(partial(save_state, out, settings.outcome()), progress)
@@ -123,9 +123,10 @@ def _closed_form(learner: Learner) -> tuple[ScaleNet, list[float], dict[str, Any
     blocks, device = learner.weights.blocks, learner.weights.device
     learner.measure_base()
     sigma = _closed_sigma(learner)
-    nets = ScaleNet.fixed(blocks.names, blocks.numels, sigma, source="closed form").to(device)
+    nets = ScaleNet.fixed(blocks.names, blocks.numels, sigma, source=learner.settings.recipe).to(device)
     value = learner.score(nets)
-    return nets, [value], {"divergence": value, "batches": learner.settings.window, **_controls(learner)}
+    spent = {"forwards": learner.forwards} if learner.forwards else {"batches": learner.settings.window}
+    return nets, [value], {"divergence": value, **spent, **_controls(learner)}
 
 
 def _closed_sigma(learner: Learner) -> Tensor:

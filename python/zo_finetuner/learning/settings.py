@@ -13,6 +13,7 @@ _DEFAULTS = {
     "paper": {"batch_size": 8, "windows": 3, "window": 0, "lr_mlp": 0.1, "lr_llm": 0.01},
     "improved": {"batch_size": 16, "windows": 5, "window": 60, "lr_mlp": 0.03, "lr_llm": 0.0},
     "closed-form": {"batch_size": 16, "windows": 0, "window": 8, "lr_mlp": 0.0, "lr_llm": 0.0},
+    "forward": {"batch_size": 16, "windows": 0, "window": 0, "lr_mlp": 0.0, "lr_llm": 0.0},
 }
 _SEVERAL_TASKS = {"paper": {"lr_mlp": 0.05, "lr_llm": 0.05}}
 EPOCHS_PER_WINDOW = 5  # of the paper's single-data-set script; 2 with several
@@ -39,8 +40,9 @@ class LearnSettings:
     lr_llm: float | None = None  # paper: of the base model's trajectory
     zeroth_order: bool = False  # paper: move the base model by two-point steps
     keep_gradients: bool | None = None  # paper: see trajectory.py
-    power: float = 0.5  # closed form
-    prune: float = 0.0  # improved, closed form: blocks with s below this are given scale 0, and are skipped
+    forwards: int = 1000  # forward: passes per learning set
+    power: float = 0.5  # closed form, forward
+    prune: float = 0.0  # improved, closed form, forward: blocks with s below this are given scale 0, and are skipped
     num_train: int | None = None  # rows per task; windows of a text: 1000
     num_held_out: int | None = None  # rows per task; windows of a text: 128
     max_length: int = 2048
@@ -86,9 +88,9 @@ class LearnSettings:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.text_length < 2:
             raise InputError(f"text_length must be at least 2, got {self.text_length}: a token is predicted by others")
-        if self.recipe != "closed-form" and self.windows < 1:
+        if self.recipe in ("paper", "improved") and self.windows < 1:
             raise InputError(f"windows must be at least 1, got {self.windows}")
-        least = {"paper": 0, "improved": 10, "closed-form": 1}[self.recipe]
+        least = {"paper": 0, "improved": 10, "closed-form": 1, "forward": 0}[self.recipe]
         if self.window < least:
             raise InputError(f"window must be at least {least} with recipe {self.recipe}, got {self.window}")
         if not 0 <= self.seed < 1 << 32 or not 0 <= self.data_seed < 1 << 32:

@@ -36,8 +36,14 @@ def scales_to_show(nets: PertNN | ScaleNet, card: Card) -> tuple[list[float], st
     return history.sigma.tolist(), f"raw sigma at loss {USUAL_LOSS:g}, weights of usual size"
 
 
-def describe_card(card: Card, sigma: list[float], meaning: str) -> str:
-    """The card in lines of text."""
+def held_bytes(nets: PertNN | ScaleNet) -> int:
+    """What a run holds besides the weights: the networks, and a history's numbers for every block."""
+    numbers = [*nets.state_dict().values(), *History.start(len(nets.names)).state_dict().values()]
+    return sum(tensor.nbytes for tensor in numbers)
+
+
+def describe_card(card: Card, sigma: list[float], meaning: str, size: int, on_disk: int = 0) -> str:
+    """The card in lines of text.  size: `held_bytes`."""
     ordered = sorted(sigma)
     middle, skipped = ordered[len(ordered) // 2], sum(value == 0 for value in sigma)
     largest = max(range(len(sigma)), key=sigma.__getitem__)
@@ -48,6 +54,7 @@ def describe_card(card: Card, sigma: list[float], meaning: str) -> str:
         "fingerprint": card.base_fingerprint or "none",
         "learned on": ", ".join(card.tasks) or "not named",
         "networks": f"{len(card.names)} blocks, hidden width {card.hidden}",
+        "size": f"{size:,} bytes in a run" + (f", {on_disk:,} on disk" if on_disk else ""),
         "noise": f"contract version {card.noise_contract}" if card.noise_contract else "torch's generators",
         "meta loss": " ".join(f"{value:.4f}" for value in card.curve) or "not recorded",
         "scales": f"{meaning}: {ordered[0]:.3g} to {ordered[-1]:.3g}, median {middle:.3g}; {skipped} are zero",

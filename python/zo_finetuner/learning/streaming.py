@@ -50,9 +50,12 @@ class Turn:
 class Weights:
     """The trainable parameters of a model, in fp32.
 
-    Raises InputError for what `trainable_blocks` refuses, and for a trainable tensor that is not fp32."""
+    Raises InputError for a quantised model, for what `trainable_blocks` refuses, and for a trainable tensor that is
+    not fp32."""
 
     def __init__(self, model: nn.Module):
+        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+            raise InputError("the base model is quantised: learning needs its unquantised checkpoint")
         self.model, self.blocks = model, trainable_blocks(model)
         named = dict(model.named_parameters())
         self.parameters: list[nn.Parameter] = [named[name] for name in self.blocks.names]

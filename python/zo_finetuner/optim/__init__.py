@@ -5,6 +5,7 @@ from zo_finetuner.optim.composed import Composed
 from zo_finetuner.optim.create import METHODS, PRESETS, check_method, make_method
 from zo_finetuner.optim.finetuner import Learned, ZOFineTuner
 from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.optim.self_calibrated import SelfCalibrated
 
 __all__ = [
     "METHODS",
@@ -16,6 +17,7 @@ __all__ = [
     "MeZO",
     "Method",
     "Probe",
+    "SelfCalibrated",
     "Slope",
     "StepContext",
     "Update",

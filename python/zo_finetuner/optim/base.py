@@ -80,11 +80,11 @@ class Update:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may look at.  step: number from 0; lr, eps: 0-dim fp32 on the device; seed: number of a direction,
-    below the method's `directions` -> its seed (0-dim int64, good until the next step); block_stats: () ->
-    `zo_kernels.BlockStats` of the unperturbed weights (one read of them)."""
+    """What a method may look at.  step: number from 0, None where the step is captured into a CUDA graph; lr, eps:
+    0-dim fp32 on the device; seed: number of a direction, below the method's `directions` -> its seed (0-dim int64,
+    good until the next step); block_stats: () -> `zo_kernels.BlockStats` of the unperturbed weights (one read)."""
 
-    step: int
+    step: int | None
     lr: Tensor
     eps: Tensor
     seed: Callable[[int], Tensor]
@@ -115,6 +115,7 @@ class Method(Part):
     slopes: it asks for derivatives (`Slope`) and not for probes; each counts as two forwards.
 
     scratch_only: why its probes cannot be made in place, "" where they can.
+    low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     uniform: every step asks for the same probes (a captured step may stand for all)."""
 
     name = "method"
@@ -123,6 +124,7 @@ class Method(Part):
     directions = 1
     slopes = False
     scratch_only = ""
+    low_rank = False
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

@@ -23,7 +23,9 @@ from zo_finetuner.optim.fixed_scales import FixedScales
 from zo_finetuner.optim.hizoo import HiZOO
 from zo_finetuner.optim.ldsd import LDSD
 from zo_finetuner.optim.learned import constant_scales, learned_scales, ones
+from zo_finetuner.optim.low_rank import LowRank, LowRankMomentum
 from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.optim.self_calibrated import SelfCalibrated, calibrated_scales
 from zo_finetuner.optim.settings import build, reason
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
@@ -45,6 +47,7 @@ PRESETS = {
     "zo-finetuner": Preset(ZOFineTuner),
     "sigma-one": Preset(FixedScales),
     "closed-form": Preset(FixedScales),
+    "self-calibrated": Preset(SelfCalibrated),
     "ldsd-sgd": Preset(LDSD, lr=1e-3),
     "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}),
     "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}),
@@ -65,6 +68,10 @@ PRESETS = {
     "es": Preset(
         Composed, lr=5e-4, settings={"estimator": "one-sided", "probes": 30, "baseline": "mean", "spread": True}
     ),
+    "lozo": Preset(LowRank),
+    "lozo-m": Preset(LowRankMomentum),
+    "subzero": Preset(LowRank, settings={"rank": 8, "period": 1000, "two_sided": True}),
+    "es-lowrank": Preset(LowRank, settings={"rank": 1, "period": 0, "limit": 16, "probes": 4}),
     "forward-grad": Preset(Composed, lr=5e-7, settings={"estimator": "slope"}),
 }  # fmt: skip
 METHODS = tuple(PRESETS)
@@ -77,6 +84,7 @@ def make_method(
     batch_size: int = 16,
     seed: int = 0,
     pertnn: str | os.PathLike | PertNN | ScaleNet | None = None,
+    transfer: bool = False,
     normalize: bool = True,
     dist: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -84,24 +92,29 @@ def make_method(
     """name: one of METHODS.  batch_size: examples per step, all micro-batches and ranks together (it sets the
     embedding's share of the perturbation).  pertnn: learned nets or scales, a file of them, or None; they go with every
     method that does not scale by itself.  "zo-finetuner" without them has fresh random nets (seeded with `seed`), which
-    are a control and not a learned optimizer.  Blocks whose learned scale is exactly zero are frozen.
-    settings: of the method and its parts (`optim.settings`); dist is one of them.  Raises InputError."""
+    are a control and not a learned optimizer.  transfer: take nets or scales that were learned for another depth or
+    width (`optim/transfer.py`), with a warning; without it they are refused.  Blocks whose learned scale is exactly
+    zero are frozen.  settings: of the method and its parts (`optim.settings`), dist among them.  Raises InputError."""
     given = {**(settings or {}), **({} if dist is None else {"dist": dist})}
-    check_method(name, pertnn, given)
+    check_method(name, pertnn, given, transfer)
     method = build(name, PRESETS[name].kind, PRESETS[name].settings, given)
     if name == "sigma-one":
         method.scales = ones(model)
     elif name == "closed-form":
-        method.scales = constant_scales(name, model, pertnn, batch_size)
+        method.scales = constant_scales(name, model, pertnn, batch_size, transfer)
+    elif name == SelfCalibrated.name:
+        method.scales = calibrated_scales(model, batch_size, method.power)
     elif name == ZOFineTuner.name or pertnn is not None:
-        method.scales = learned_scales(model, pertnn, batch_size, seed, normalize)
+        method.scales = learned_scales(model, pertnn, batch_size, seed, normalize, transfer)
     method.prepare(trainable_blocks(model))
     return method
 
 
-def check_method(name: str, pertnn: Any = None, settings: Mapping[str, Any] | None = None) -> None:
-    """InputError for an unknown name, for settings that it does not have or that cannot work, and for nets given to a
-    method that takes none."""
+def check_method(
+    name: str, pertnn: Any = None, settings: Mapping[str, Any] | None = None, transfer: bool = False
+) -> None:
+    """InputError for an unknown name, for settings that it does not have or that cannot work, for nets given to a
+    method that takes none, and for a transfer of nothing."""
     if name not in PRESETS:
         raise InputError(f'unknown optimizer "{name}"{nearest(name, PRESETS)}; there are: {", ".join(PRESETS)}')
     preset = PRESETS[name]
@@ -109,3 +122,5 @@ def check_method(name: str, pertnn: Any = None, settings: Mapping[str, Any] | No
     if pertnn is not None and (name == "sigma-one" or "scales" in getattr(preset.kind, "fixed", {})):
         why = "all its scales are one" if name == "sigma-one" else reason(preset.kind, "scales")
         raise InputError(f"pertnn is given, but {name} has no nets: {why}")
+    if transfer and pertnn is None:
+        raise InputError("transfer is asked for, but nothing to transfer is given: give --pertnn FILE")

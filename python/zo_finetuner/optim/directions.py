@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from zo_finetuner.subspace import Held, Subspace
 from zo_kernels import Form, scratch
 
 
@@ -22,12 +23,20 @@ from zo_kernels import Form, scratch
 class Direction:
     """scale_b * z_b, z from `zo_kernels.noise` at `seed` (0-dim int64: the bits of an unsigned one).  scale: (blocks,)
     fp32, None for ones.  form: of z, its tensors in a list, one per block.  A mean (`shifted`) adds mu_b; its c is that
-    of the term it stands in, so it is left None here."""
+    of the term it stands in, so it is left None here.
+
+    subspace: of a low-rank direction (`zo_finetuner.subspace`), in which z_b of a matrix has few coordinates."""
 
     seed: Tensor
     scale: Tensor | None = None
     dist: str = "normal"
     form: Form | None = None
+    subspace: Subspace | None = None
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """Of a low-rank direction, scales included: flat fp32, drawn once for its probes and its update."""
+        return self.subspace.layout.draw(self.seed, self.scale, self.dist)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +64,7 @@ class Anchored:
         out.copy_(theta if anchor is None else torch.lerp(anchor.float(), theta.float(), ratio))
 
 
-Terms = list[tuple[Direction, Tensor]]
+Terms = list[tuple[Direction | Held, Tensor]]  # Held: low-rank updates only
 
 
 @dataclass(frozen=True, eq=False)

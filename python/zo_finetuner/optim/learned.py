@@ -12,6 +12,7 @@ from zo_finetuner.cards import Card, fingerprint, same_shapes
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.finetuner import Learned
 from zo_finetuner.optim.scales import Constant
+from zo_finetuner.optim.transfer import transferred
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN, budget, normalizer
 from zo_finetuner.pertnn_io import load_pertnn
@@ -23,10 +24,12 @@ logger = logging.getLogger(__name__)
 Scales = PertNN | ScaleNet | str | os.PathLike | None
 
 
-def learned_scales(model: nn.Module, pertnn: Scales, batch_size: int, seed: int, normalize: bool) -> Learned:
+def learned_scales(
+    model: nn.Module, pertnn: Scales, batch_size: int, seed: int, normalize: bool, transfer: bool = False
+) -> Learned:
     """The learned optimizer's policy.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is
     exactly zero are frozen (`requires_grad_(False)`): no probe, no update, no time."""
-    nets = None if pertnn is None else _load(pertnn, model)
+    nets = None if pertnn is None else _load(pertnn, model, transfer)
     if isinstance(nets, ScaleNet):
         freeze(model, nets.skipped())
     blocks = trainable_blocks(model)
@@ -43,11 +46,13 @@ def ones(model: nn.Module) -> Constant:
     return Constant(torch.ones(len(blocks), device=blocks.device))
 
 
-def constant_scales(name: str, model: nn.Module, pertnn: Scales, batch_size: int) -> Constant:
-    """The scales of a file (or a ScaleNet) that `zo learn --recipe closed-form` made."""
+def constant_scales(
+    name: str, model: nn.Module, pertnn: Scales, batch_size: int, transfer: bool = False
+) -> Constant:
+    """The scales of a file (or a ScaleNet) that `zo learn --recipe closed-form` (or forward) made."""
     if pertnn is None:
         raise InputError(f"{name} needs its scales: `zo learn --recipe closed-form` measures them; give --pertnn FILE")
-    nets = _load(pertnn, model)
+    nets = _load(pertnn, model, transfer)
     if not isinstance(nets, ScaleNet) or bool(nets.w2.count_nonzero()):
         raise InputError(f"{nets.source}: holds networks, not constant scales: use --optimizer zo-finetuner")
     freeze(model, nets.skipped())
@@ -73,12 +78,25 @@ def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
         logger.info("%d blocks have scale 0 and are frozen, %s among them", len(frozen), frozen[0])
 
 
-def _load(pertnn: Scales, model: nn.Module) -> PertNN | ScaleNet:
-    if isinstance(pertnn, nn.Module):
-        return pertnn
-    nets, card = load_pertnn(pertnn)
-    _require_match(card, model, pertnn)
+def _load(pertnn: Scales, model: nn.Module, transfer: bool) -> PertNN | ScaleNet:
+    nets, card = (pertnn, None) if isinstance(pertnn, nn.Module) else load_pertnn(pertnn)
+    if transfer and _is_of_another(nets, card, model):
+        blocks = trainable_blocks(model)
+        base = f"{nets.source} ({card.base_model})" if card is not None and card.base_model else nets.source
+        logger.warning("transfer: all %d blocks take what the nearest of the %d of %s has: a guess until it is tried",
+                       len(blocks), len(nets.names), base)  # fmt: skip
+        return transferred(nets, blocks.names, blocks.numels)
+    if card is not None:
+        _require_match(card, model, pertnn)
     return nets
+
+
+def _is_of_another(nets: PertNN | ScaleNet, card: Card | None, model: nn.Module) -> bool:
+    """Whether blocks are missing, or the card is that of other shapes."""
+    if not set(trainable_blocks(model).names) <= set(nets.names):
+        return True
+    known = card is not None and card.base_fingerprint and not hasattr(model, "peft_config")
+    return bool(known) and not same_shapes(card.base_fingerprint, fingerprint(model))
 
 
 def _require_match(card: Card, model: nn.Module, path: str | os.PathLike) -> None:
@@ -89,7 +107,8 @@ def _require_match(card: Card, model: nn.Module, path: str | os.PathLike) -> Non
         own = fingerprint(model)
         if not same_shapes(card.base_fingerprint, own):
             raise InputError(f"{path}: was learned for {base}, whose tensors have other names or shapes than those of "
-                             f"{here or 'this model'}; learn one for this model with `zo learn`")
+                             f"{here or 'this model'}; learn one for this model with `zo learn`, or map "
+                             f"its blocks to these with --transfer")
         if card.base_fingerprint != own:
             logger.info("%s was learned for %s; these weights differ from it, as a derivative's do", path, base)
     elif card.base_model != here:

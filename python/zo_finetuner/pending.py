@@ -1,0 +1,119 @@
+"""Updates collected in low-rank coordinates and not yet in the weights:  theta + sum over subspaces of L^T R.
+
+A merge is one pass over the weights:  theta = round(decay * theta + sum L^T R), 16-bit weights stochastically with the
+rounding seed of the last collected step.  It comes when the collected rank would exceed the layout's limit (so at
+every new subspace of LOZO and SubZero), and before any reader of the weights.  While something is collected the model
+has hooks that merge when it is called outside a probe, saved (`state_dict`) or loaded; who reads a parameter himself
+calls `Engine.flush()` first.  When a merge comes changes the weights by rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from zo_finetuner.optim.directions import Direction, Terms
+from zo_finetuner.rows import unwrap
+from zo_finetuner.subspace import Held, Matrix, Subspace
+from zo_kernels import add_product
+
+
+class Factors(NamedTuple):
+    """left: (k, m), right: (k, n): a matrix is moved by left^T right."""
+
+    matrix: Matrix
+    left: Tensor
+    right: Tensor
+
+
+class Pending:
+    """What was collected since the last merge for the matrices among `parameters`, the model's in the order of the
+    blocks.  reading: set within a probe, where the model may be called without a merge.
+
+    It holds parameters, not their memory: a deep copy of the model copies its hooks, and so this, for its own."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
+        self.rounding = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+        self._parameters = parameters
+        self.reading = False
+        self._coordinates: dict[Subspace, Tensor] = {}
+        self._models = list(dict.fromkeys((model, unwrap(model))))
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def rank(self) -> int:
+        return sum(subspace.rank for subspace in self._coordinates)
+
+    def add(self, direction: Direction | Held, coef: Tensor) -> None:
+        """Collect coef * direction."""
+        moved = self._coordinates.get(direction.subspace)
+        if moved is not None:
+            moved.addcmul_(direction.coordinates, coef)
+        else:
+            self._coordinates[direction.subspace] = direction.coordinates * coef
+            if not self._guards:
+                self._guard()
+
+    def make_room(self, terms: Terms) -> None:
+        """Merge if the subspaces of these directions, where they are new, would be too many."""
+        new = {direction.subspace for direction, _ in terms} - self._coordinates.keys()
+        if new and self._coordinates:
+            if self.rank + sum(subspace.rank for subspace in new) > next(iter(new)).layout.limit:
+                self.merge()
+
+    def settle(self) -> None:
+        """Merge if more is collected than may be."""
+        if self._coordinates and self.rank > next(iter(self._coordinates)).layout.limit:
+            self.merge()
+
+    def factors(self, dtype: torch.dtype, terms: Terms = ()) -> list[Factors]:
+        """Of every matrix, in a dtype: what is collected, and sum coef * direction on top.  Empty where nothing is."""
+        groups = dict(self._coordinates)
+        for direction, coef in terms:
+            here, moved = groups.get(direction.subspace), direction.coordinates
+            groups[direction.subspace] = moved * coef if here is None else torch.addcmul(here, moved, coef)
+        if not groups:
+            return []
+        sides = [(_lefts(subspace, x, dtype), subspace.right_as(dtype)) for subspace, x in groups.items()]
+        lefts, rights = sides[0]
+        if len(sides) > 1:
+            lefts, rights = ([torch.cat(x) for x in zip(*side, strict=True)] for side in zip(*sides, strict=True))
+        matrices = next(iter(groups)).layout.matrices
+        return [Factors(*parts) for parts in zip(matrices, lefts, rights, strict=True)]
+
+    @torch.no_grad()
+    def merge(self, decay: Tensor | None = None) -> None:
+        for number, (matrix, left, right) in enumerate(self.factors(torch.float32)):
+            theta = self._parameters[matrix.block].data
+            add_product(theta, left, right, matrix.tensor_id, self.rounding, decay=decay)
+            for subspace, moved in self._coordinates.items():  # after Ctrl-C the rest is still to be merged
+                subspace.layout.split(moved)[number].zero_()
+        self._coordinates.clear()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+
+    def _guard(self) -> None:
+        for model in self._models:
+            self._guards += [
+                model.register_forward_pre_hook(self._before_forward, prepend=True),
+                model.register_state_dict_pre_hook(self._before_state),
+                model.register_load_state_dict_pre_hook(self._before_state),
+            ]
+
+    def _before_forward(self, model: nn.Module, args: tuple) -> None:
+        if not self.reading:
+            with _disable_current_modes():  # in a first probe of another optimizer, who watches reads of the weights
+                self.merge()
+
+    def _before_state(self, *_: Any) -> None:
+        self.merge()
+
+
+def _lefts(subspace: Subspace, coordinates: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    if subspace.left is None:
+        return subspace.left_of(coordinates.to(dtype))  # all matrices in one conversion
+    return [left.to(dtype) for left in subspace.left_of(coordinates)]
