@@ -68,14 +68,8 @@ def _line(name: str, outcome: Outcome, mezo: Outcome) -> list[str]:
     return [
         f"`{name}`" if " " not in name else name, f"**{verdict}**" if verdict == "better" else verdict,
         number(outcome.loss), _ends(outcome), _accuracy(outcome), str(row["forwards_per_step"]), f"{row['forwards']:,}",
-        f"{row['lr']:.1e}", _seconds(outcome), _state(row.get("state")),
+        f"{row['lr']:.1e}", _seconds(outcome), f"{row['state']:.2f}" if row["state"] >= 0.005 else "-",
     ]  # fmt: skip
-
-
-def _state(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value >= 0.005 else "-"
 
 
 def _ends(outcome: Outcome) -> str:

@@ -112,9 +112,7 @@ class Bed:
         self.restore()
         engine = Engine(self.model, make(self.model, seed), eps=eps, seed=seed)
         forwards, blocks = engine.method.forwards, engine.blocks
-        state = None
-        if not getattr(engine.method, "low_rank", False):  # keeps a few coordinates, which `zo plan` does not count
-            state = method_bytes(engine.method, blocks) / sum(t.nbytes for t in blocks.tensors)
+        state = method_bytes(engine.method, blocks) / sum(t.nbytes for t in blocks.tensors)
         steps = self.cell.steps_of(forwards)
         watch, curve, losses = Watch(), [(0, first)], []
         for step in range(1, steps + 1):

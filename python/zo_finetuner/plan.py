@@ -298,13 +298,14 @@ def _predict(
 
 
 def method_bytes(method: Method, blocks: Blocks) -> int:
-    """What a method that has not yet made a step keeps for these blocks: states, nets, scales and statistics per block,
-    and the direction of a derivative.  The weights are not its own."""
+    """What a method that has not yet made a step keeps for these blocks: states, factors, nets, scales, numbers per
+    block, and the direction of a derivative.  The weights are not its own."""
     kept = {t.untyped_storage()._cdata: t.nbytes for t in _tensors(method)}
     for weight in blocks.tensors:
         kept.pop(weight.untyped_storage()._cdata, None)
     along = sum(weight.nbytes for weight in blocks.tensors) if method.slopes else 0
-    return sum(kept.values()) + along + len(blocks) * (BLOCK_STATS * isinstance(method.scales, Learned) + 4)
+    per_block = BLOCK_STATS * isinstance(method.scales, Learned) + 4
+    return sum(kept.values()) + method.factor_bytes + along + len(blocks) * per_block
 
 
 def _states(method: Method) -> list[list[Tensor]]:
