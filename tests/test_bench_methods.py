@@ -18,7 +18,9 @@ from bench.quality.cells import Cell
 from bench.quality.jobs import Central, Deploy, Learn, Place, eps_of, maker
 from bench.report import TABLES
 from zo_finetuner.errors import InputError
-from zo_finetuner.optim import METHODS, PRESETS
+from zo_finetuner.optim import METHODS, PRESETS, make_method
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.plan import method_bytes
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,22 @@ def test_rates_are_centred_where_weights_go_as_far_as_mezos(name, shared, place,
     assert distance(job, centre) == pytest.approx(distance(Deploy(bed.cell, "mezo"), 2e-4), rel=0.3)
     monkeypatch.setattr(bed, "travel", lambda *_: pytest.fail("measured twice"))
     assert job._centre(place, bed) == centre
+
+
+def test_low_rank_updates_travel_and_factors_count(shared, place):
+    bed = Bed(cell(shared), shared, place.work)
+    far = bed.travel(maker(Deploy(bed.cell, "lozo"), place), 4)  # two steps, far from a merge
+    assert 0 < far < math.inf
+    bed.restore()
+    before = [p.clone() for p in bed.model.parameters()]
+    bed.evaluate("dev")  # nothing that waited is merged into the base
+    assert all((p == q).all() for p, q in zip(bed.model.parameters(), before, strict=True))
+    blocks = trainable_blocks(bed.model)
+    matrices = [t.shape for t in blocks.tensors if t.dim() == 2]
+    for name, numbers in (("lozo", sum(2 * (m + n) for m, n in matrices)),
+                          ("subzero", sum(8 * (m + n + 8) for m, n in matrices))):  # fmt: skip
+        kept = method_bytes(make_method(name, bed.model), blocks)
+        assert 4 * numbers <= kept <= 4 * numbers + 100 * len(blocks)
 
 
 def made(finals, **more):
