@@ -104,12 +104,12 @@ class CellRows:
 
 
 def cells_of(rows: Iterable[Row], case: str = "quality") -> list[CellRows]:
-    """Of every model and task the runs with the most steps, in the order of the rows; a seed's newest row counts."""
+    """Of every model and task the steps that most methods ran (the larger of two); a seed's newest row counts."""
     kept = [r for r in rows if r["case"] == case and r["metric"] == "test_loss"]
     cells = []
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in kept):
         mine = [r for r in kept if (r["model"], r["task"]) == (model, task)]
-        steps = max(r["steps"] for r in mine)
+        steps = max((len({r["provider"] for r in mine if r["steps"] == s}), s) for s in {r["steps"] for r in mine})[1]
         seeds: dict[str, dict[int, Row]] = {}
         for row in sorted((r for r in mine if r["steps"] == steps), key=lambda r: r["date"]):
             seeds.setdefault(row["provider"], {})[row["seed"]] = row

@@ -220,9 +220,13 @@ class Learner:
         self.recipe.nets.load_state_dict(self.snapshots[-1])
         return values
 
+    def pooled_costs(self) -> list[Tensor]:
+        """Of every learning set, (blocks,) fp32 each."""
+        return [self.layout.pooled(cost, energy) for cost, energy in zip(self.costs, self.energies, strict=True)]
+
     def score(self, nets: PertNN | ScaleNet) -> float:
         """The held-out divergence of these networks."""
-        return score(self.points, list(map(self.layout.pooled, self.costs)), nets, self.share)
+        return score(self.points, self.pooled_costs(), nets, self.share)
 
     def state_dict(self) -> dict[str, Any]:
         return {

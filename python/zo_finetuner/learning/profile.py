@@ -155,7 +155,7 @@ class Estimate:
             self._last = None
 
     def profile(self, layout: Layout) -> Profile:
-        return Profile(self.least_gain(), layout.pooled(self.cost))
+        return Profile(self.least_gain(), layout.pooled(self.cost, self.energy.mean))
 
     def least_gain(self) -> Tensor:
         """Gains, (blocks,) fp32 > 0.  Needs two samples with one check seed."""
@@ -171,9 +171,14 @@ class Layout:
         present = kinds.unique()
         self._members = (kinds == present[:, None]).float()  # (kinds, blocks)
 
-    def pooled(self, cost: Mean) -> Tensor:
-        """Costs, (blocks,) fp32 > 0, from estimates that scatter: costs per element of one kind of block are drawn to
-        their kind's mean, the more the less they differ for what their errors are (empirical Bayes)."""
+    def pooled(self, cost: Mean, energy: Tensor) -> Tensor:
+        """Costs, (blocks,) fp32 > 0, from estimates that scatter.
+
+        Costs per element of one kind of block are drawn to their kind's mean, the more the less they differ for what
+        their errors are (empirical Bayes).  Where the whole trace is not known either (SST-2 on a small model: 140 with
+        an error of 216) what is left is noise, and gains would be divided by it: with total^2 / (total^2 + error^2) for
+        a weight, a geometric mean is taken with sqrt(energy * elements), the costs for which the best scales are those
+        of the closed form.  energy: (blocks,), of batches."""
         value, variance = cost.mean / self.numels, (cost.error / self.numels).square().clamp(min=1e-30)
         weight = self._members / variance
         mean = (weight * value).sum(dim=1) / weight.sum(dim=1)
@@ -182,4 +187,9 @@ class Layout:
         spread = self._members.T @ spread.clamp(min=0)
         drawn = (value - off * variance / (spread + variance)) * self.numels
         least = LEAST_COST * drawn.clamp(min=0).sum() * self.numels / self.numels.sum()
-        return torch.maximum(drawn, least).clamp(min=1e-20)
+        drawn = torch.maximum(drawn, least).clamp(min=1e-20)
+        usual = (energy * self.numels).sqrt().clamp(min=1e-20)
+        usual = usual * (drawn.sum() / usual.sum())
+        total, error = cost.mean.sum().clamp(min=0), cost.error.norm()
+        known = (total.square() / (total.square() + error.square()).clamp(min=1e-30)).clamp(max=1)
+        return drawn**known * usual ** (1 - known)

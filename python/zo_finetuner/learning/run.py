@@ -57,7 +57,7 @@ def learn(settings: LearnSettings, progress: bool = True) -> dict[str, Any]:
     nets = _pruned(nets, learner, settings.prune)
 
     sigma = learner.points[0].energies(nets, learner.share).sqrt()
-    costs = [float((sigma.square() * learner.layout.pooled(cost)).sum()) for cost in learner.costs]
+    costs = [float((sigma.square() * cost).sum()) for cost in learner.pooled_costs()]
     numbers |= {"suggested_lr": RATE * len(costs) / sum(costs), "zero_blocks": int((sigma == 0).sum())}
     card = Card(
         source="zo learn",
