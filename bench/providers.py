@@ -3,6 +3,10 @@
     inference                two bare forwards of our own fast form of the batch: the floor of any two-point method
     zo_finetuner             our engine with MeZO
     zo_finetuner_learned     our engine with per-block networks (fresh ones: the time is the same)
+    zo_finetuner_lozo        our engine with low-rank directions (LOZO): no pass over the weights; on a copy of the
+                             model, since a forward of anybody else merges what it has collected
+    inference_graph          on a GPU: the two bare forwards as one CUDA graph
+    zo_finetuner_graph       on a GPU: our engine with MeZO, whole steps as CUDA graphs
     reference_noise          the published sweeps over the weights around our one-prompt forward
     mezo_reference           MeZO's published order: every candidate a sequence, full logits, four sweeps
     zo_finetuner_reference   the published ZO Fine-tuner: besides, statistics and a network per tensor, one by one
@@ -12,9 +16,10 @@ mezo_reference over reference_noise is the work not done, reference_noise over z
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 from bench.published import PublishedMeZO, PublishedZOFineTuner, option_loss
 from zo_finetuner.encoding import Encoded
 from zo_finetuner.engine import Engine
+from zo_finetuner.graphs import CudaCapturer, Graph, GraphedSteps
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import make_method
 from zo_finetuner.pertnn import PertNN
@@ -67,11 +73,13 @@ class Setup:
 @dataclass(frozen=True)
 class Provider:
     """make: the step of a model.  moves: whether it gives the parameters new memory at every sweep, as the published
-    code does; no engine of ours can live on that model then.  optimizer: what `zo plan` calls it, if it knows it."""
+    code does; no engine of ours can live on that model then.  optimizer: what `zo plan` calls it, if it knows it.
+    graphs: only on a GPU, and a batch is a replay from its third step on."""
 
     make: Callable[[Setup], Step]
     moves: bool = False
     optimizer: str = ""
+    graphs: bool = False
 
 
 def _inference(setup: Setup) -> Step:
@@ -89,6 +97,43 @@ def _engine(optimizer: str) -> Callable[[Setup], Step]:
         method = make_method(optimizer, setup.model, batch_size=setup.batch_size)
         engine = Engine(setup.model, method, eps=EPS, seed=SEED, probing=setup.probing)
         return lambda batch: engine.step(lambda: setup.loss(batch), LR)
+
+    return make
+
+
+def _lozo(setup: Setup) -> Step:
+    own = replace(setup, model=copy.deepcopy(setup.model), probing="auto")
+    engine = Engine(own.model, make_method("lozo", own.model), eps=EPS, seed=SEED)
+    return lambda batch: engine.step(lambda: own.loss(batch), LR)
+
+
+def _inference_graph(setup: Setup) -> Step:
+    capturer = CudaCapturer(next(setup.model.parameters()).device)
+    graphs: dict[int, Graph] = {}
+
+    @torch.no_grad()
+    def both(batch: Batch) -> Tensor:
+        return setup.loss(batch) + setup.loss(batch)
+
+    def step(batch: Batch) -> None:
+        if id(batch) not in graphs:
+            both(batch)
+            graphs[id(batch)] = capturer.capture(lambda: both(batch))[0]
+        graphs[id(batch)].replay()
+
+    return step
+
+
+def _graphs(optimizer: str) -> Callable[[Setup], Step]:
+    def make(setup: Setup) -> Step:
+        method = make_method(optimizer, setup.model, batch_size=setup.batch_size)
+        steps = GraphedSteps(Engine(setup.model, method, eps=EPS, seed=SEED, probing=setup.probing))
+
+        def loss_of(ours: dict[str, Tensor]) -> Tensor:
+            total, weight = training_loss(setup.model, ours)
+            return total / weight
+
+        return lambda batch: steps.step(loss_of, batch.ours, LR)
 
     return make
 
@@ -114,6 +159,9 @@ PROVIDERS = {
     "inference": Provider(_inference),
     "zo_finetuner": Provider(_engine("mezo"), optimizer="mezo"),
     "zo_finetuner_learned": Provider(_engine("zo-finetuner"), optimizer="zo-finetuner"),
+    "zo_finetuner_lozo": Provider(_lozo),
+    "inference_graph": Provider(_inference_graph, graphs=True),
+    "zo_finetuner_graph": Provider(_graphs("mezo"), graphs=True),
     "reference_noise": Provider(_published(Setup.loss), moves=True),
     "mezo_reference": Provider(_published(Setup.published_loss), moves=True),
     "zo_finetuner_reference": Provider(_published_nets, moves=True),

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", nargs="*", default=TASKS)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--tokens", type=int, help=f"besides, a batch of {FILLING} that fills so many tokens")
-    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, help="default: all that the device has")
     parser.add_argument("--probing", default="auto", help="of our engine")
     parser.add_argument("--repeats", type=int, help="steps of each provider; default 18 (--quick: 3)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="shared by the cases; begin none after it")
@@ -94,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.provider is None:
+        arguments.provider = [name for name, p in PROVIDERS.items() if device.type == "cuda" or not p.graphs]
     end = None if arguments.budget is None else time.monotonic() + arguments.budget
     models, trace, failed = arguments.model_like or [arguments.model], arguments.trace, []
     left = [case for model in models for case in _cases(arguments, model)]
@@ -148,7 +150,8 @@ def _batches(case: Case, loaded: Loaded, shared: Path, count: int) -> list[Batch
     if not groups:
         raise InputError(f"{case}: {len(encoded)} rows are fewer than a batch")
     pad = pad_token(loaded.tokenizer)
-    laid = [collate(group, pad, packed=loaded.packed) for group in groups[:count]]
+    few = loaded.device.type == "cuda"  # as zo train lays them out where steps are graphs
+    laid = [collate(group, pad, packed=loaded.packed, few_shapes=few) for group in groups[:count]]
     return [
         Batch(group, {name: tensor.to(loaded.device) for name, tensor in batch.items()})
         for group, batch in zip(groups, laid, strict=False)
@@ -260,6 +263,10 @@ def measure(
     """Seconds of every step.  The turns end after `repeats`, or, three of them taken, after `limit` seconds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name in steps:
+        if PROVIDERS[name].graphs:
+            for batch in batches * 3:
+                steps[name](batch)
     began = time.monotonic()
     for number in range(repeats + 1):
         if limit is not None and number > LEAST_TURNS and time.monotonic() - began > limit:
