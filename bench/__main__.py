@@ -20,6 +20,7 @@ MEASURED = {
     "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
     "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
     "quality": ("bench.quality.command", "learned scales against MeZO and the honest controls, at equal forwards"),
+    "methods": ("bench.methods.command", "every method of the library against MeZO, at equal forwards"),
 }
 CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/*.png")}
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import tables
+from bench.methods import picture as methods_picture
+from bench.methods.table import table as methods
 from bench.quality import picture as quality_picture
 from bench.quality.verdict import table as quality
 from bench.rows import newest, read
@@ -21,6 +23,7 @@ from bench.tables import Row
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance, "quality": quality,
+    "methods": methods,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 
@@ -68,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     picture.draw(rows, arguments.results / "kernels.png")
     step_picture.draw(rows, arguments.results / "step.png")
     quality_picture.draw(rows, arguments.results / "quality.png")
+    methods_picture.draw(rows, arguments.results / "methods.png")
     state = "written" if before != after else "as it was"
-    print(f"{arguments.readme}: {state}; kernels.png, step.png and quality.png in {arguments.results}")
+    print(f"{arguments.readme}: {state}; kernels.png, step.png, quality.png and methods.png in {arguments.results}")
     return 0

@@ -18,7 +18,7 @@ from bench.quality.cells import Cell
 from bench.quality.command import plan
 from bench.quality.jobs import Central, Deploy, Learn, Place
 from bench.quality.picture import draw
-from bench.tables import TABLES
+from bench.report import TABLES
 
 
 @pytest.fixture
@@ -67,22 +67,22 @@ def test_the_plan_learns_first_and_once():
 
 def test_rates_are_widened_only_at_an_end_and_twice_at_most():
     tried = {1.0: 2.0, 3.0: 1.0}
-    assert jobs._next((1.0, 3.0, 9.0), tried, widen=True) == 9.0
-    assert jobs._next((1.0, 3.0, 9.0), tried | {9.0: 4.0}, widen=True) is None
+    assert jobs._next((1.0, 3.0, 9.0), tried, more=2) == 9.0
+    assert jobs._next((1.0, 3.0, 9.0), tried | {9.0: 4.0}, more=2) is None
     falling = {1.0: 3.0, 3.0: 2.0, 9.0: 1.0}
-    assert jobs._next((1.0, 3.0, 9.0), falling, widen=False) is None
+    assert jobs._next((1.0, 3.0, 9.0), falling, more=0) is None
     for wanted in (27.0, 81.0, None):
-        following = jobs._next((1.0, 3.0, 9.0), falling, widen=True)
+        following = jobs._next((1.0, 3.0, 9.0), falling, more=2)
         assert following == wanted
         falling[following] = min(falling.values()) / 2
 
 
 def test_runs_of_a_seed_are_equal_and_begin_at_the_base_weights(shared, tmp_path, monkeypatch):
     place = bed.Bed(Cell(str(shared / "models" / "tiny"), "sst2", 16), shared, tmp_path)
-    make = jobs._maker(Deploy(place.cell, "mezo"), Place(shared, tmp_path, tmp_path))
+    make = jobs.maker(Deploy(place.cell, "mezo"), Place(shared, tmp_path, tmp_path))
     first = place.zeroth_order(make, 1e-3, 1, "test")
     assert [x for x, _ in first.curve] == [0, *range(4, 33, 4)] and first.steps == 16
-    ones = place.zeroth_order(jobs._maker(Deploy(place.cell, "sigma-one"), place), 1e-3, 1, "test")
+    ones = place.zeroth_order(jobs.maker(Deploy(place.cell, "sigma-one"), place), 1e-3, 1, "test")
     assert ones.curve == first.curve  # equal scales are MeZO bit for bit
     assert place.zeroth_order(make, 1e-3, 2, "test").curve != first.curve
     assert len(place.zeroth_order(make, 1e-3, 1, "dev").curve) == 2
@@ -95,8 +95,8 @@ def test_runs_of_a_seed_are_equal_and_begin_at_the_base_weights(shared, tmp_path
 
 def test_random_nets_are_drawn_anew_for_every_seed(shared, tmp_path):
     place = bed.Bed(Cell(str(shared / "models" / "tiny"), "sst2", 16), shared, tmp_path)
-    make = jobs._maker(Deploy(place.cell, "random"), Place(shared, tmp_path, tmp_path))
-    nets = [make(place.model, seed).nets.w1 for seed in (1, 1, 2)]
+    make = jobs.maker(Deploy(place.cell, "random"), Place(shared, tmp_path, tmp_path))
+    nets = [make(place.model, seed).scales.nets.w1 for seed in (1, 1, 2)]
     assert torch.equal(nets[0], nets[1]) and not torch.equal(nets[0], nets[2])
 
 

@@ -254,6 +254,10 @@ def test_a_scratch_only_method_is_planned_so(folder):
     assert make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="dizo").probing == "scratch"
     with pytest.raises(InputError, match="probing inplace does not go with this method: a projection"):
         make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="dizo", probing="inplace")
+    model = empty_model(str(folder), "float32")
+    anchors = sum(p.nbytes for name, p in model.named_parameters() if "k_proj" in name or "v_proj" in name)
+    dizo = make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="dizo").memory.method
+    assert anchors <= dizo < anchors + 100 * plan_blocks(folder)  # the weights are not its own
     paired = make_plan(str(folder), batch=2, seq=16, dtype="float32", optimizer="hizoo", probing="paired")
     assert paired.work.forwards == 2  # its centre, and both signs in one
 

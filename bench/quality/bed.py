@@ -24,26 +24,46 @@ from zo_finetuner.learning.sources import batch_rows
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method
+from zo_finetuner.plan import method_bytes
 
 POINTS = 8  # of a run where held-out rows are evaluated, besides the start
+SMALL_RATE = 1e-6  # of `travel`
 LOST = 1e3  # the loss of a run that left the finite numbers: a row holds finite ones
 ADAM_POINTS, ADAM_STEPS = 5, 100
+
+Make = Callable[[nn.Module, int], Method]  # of the model and the seed
 
 
 @dataclass
 class Run:
-    """curve: (forwards, loss on the rows asked for); accuracy of the last point; diverged: it was stopped early, or
-    ended worse than at the start by a tenth and .3."""
+    """curve: (forwards, loss on the rows asked for); accuracy of the last point; seconds: held-out rows included, by
+    the clock and of the processor (one thread's: the clock of an idle machine); diverged: it was stopped early, or
+    ended worse than at the start by a tenth and .3; forwards: of a step; state: of the method, in units of the
+    weights."""
 
     curve: list[tuple[int, float]]
     accuracy: float | None
     steps: int
     seconds: float
+    processor_seconds: float
     diverged: bool = False
+    forwards: int = 1
+    state: float | None = None
 
     @property
     def loss(self) -> float:
         return self.curve[-1][1]
+
+
+class Watch:
+    """Seconds from here on."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """By the clock, and of this process's threads."""
+        return time.perf_counter() - self._started[0], time.process_time() - self._started[1]
 
 
 class Bed:
@@ -85,15 +105,16 @@ class Bed:
             total, weight = total + float(sums[0]), weight + float(sums[1])
         return _finite(total / weight), None
 
-    def zeroth_order(self, make: Callable[[nn.Module, int], Method], lr: float, seed: int, split: str) -> Run:
-        """make: (model, seed) -> method.  On test rows a point at every 8th of the steps, on dev rows the end alone;
-        stopped when the training loss of an 8th says that it diverged."""
+    def zeroth_order(self, make: Make, lr: float, seed: int, split: str, eps: float = EPS) -> Run:
+        """As many steps as the cell's forwards give.  On test rows a point at every 8th of the steps, on dev rows the
+        end alone; stopped when the training loss of an 8th says that it diverged.  Raises InputError."""
         first, _ = self.first(split)
         self.restore()
-        engine = Engine(self.model, make(self.model, seed), eps=EPS, seed=seed)
-        forwards = engine.method.forwards
-        steps = self.cell.steps * 2 // forwards  # equal forwards
-        started, curve, losses = time.perf_counter(), [(0, first)], []
+        engine = Engine(self.model, make(self.model, seed), eps=eps, seed=seed)
+        forwards, blocks = engine.method.forwards, engine.blocks
+        state = method_bytes(engine.method, blocks) / sum(t.nbytes for t in blocks.tensors)
+        steps = self.cell.steps_of(forwards)
+        watch, curve, losses = Watch(), [(0, first)], []
         for step in range(1, steps + 1):
             losses.append(engine.step(self._loss_fn(step - 1, seed), lr))
             if step * POINTS // steps == (step - 1) * POINTS // steps:
@@ -105,9 +126,22 @@ class Bed:
                 curve.append((step * forwards, loss))
             if lost:
                 break
-        return Run(curve, accuracy, step, time.perf_counter() - started, lost or self._diverged(curve[-1][1]))
+        diverged = lost or self._diverged(curve[-1][1])
+        return Run(curve, accuracy, step, *watch.read(), diverged, forwards, state)
 
-    def probe(self, make: Callable[[nn.Module, int], Method]) -> float:
+    @torch.no_grad()
+    def travel(self, make: Make, forwards: int, eps: float = EPS) -> float:
+        """How far the weights are from the base after so many forwards, per rate, where rates are small."""
+        self.restore()
+        engine = Engine(self.model, make(self.model, 0), eps=eps)
+        for number in range(max(1, forwards // engine.method.forwards)):
+            engine.step(self._loss_fn(number, 0), SMALL_RATE)
+        names = (name for name, _ in self.model.named_parameters())
+        moved = self.model.state_dict()  # with what a method collects before it writes the weights
+        pairs = ((moved[name], base) for name, base in zip(names, self._base, strict=True))
+        return math.sqrt(sum(float((p - base).double().square().sum()) for p, base in pairs)) / SMALL_RATE
+
+    def probe(self, make: Make) -> float:
         """Seconds of a step at rate 0, the faster of the second and third."""
         engine, seconds = Engine(self.model, make(self.model, 0), eps=EPS), []
         for number in range(3):
@@ -121,7 +155,7 @@ class Bed:
         first, _ = self.first(split)
         self.restore()
         optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
-        started, best, curve = time.perf_counter(), (math.inf, first, None), [(0, first)]
+        watch, best, curve = Watch(), (math.inf, first, None), [(0, first)]
         for step in range(1, ADAM_STEPS + 1):
             self._loss_fn(step - 1, seed)().backward()
             optimizer.step()
@@ -134,7 +168,7 @@ class Bed:
                     curve.append((step, loss))
                 elif dev > best[0] + 0.3:
                     break
-        return Run(curve, best[2], step, time.perf_counter() - started)
+        return Run(curve, best[2], step, *watch.read())
 
     def _loss_fn(self, number: int, seed: int) -> Callable[[], Tensor]:
         batch = self._collate(batch_rows(self.rows.train, self.cell.batch, number, seed))

@@ -40,7 +40,7 @@ QUICK_OTHER = {"squad-text": 100, "sst2": 100}
 
 @dataclass(frozen=True)
 class Cell:
-    """model: folder.  task: a task's name, or film-text, squad-text, drop-text.  steps: two forwards each."""
+    """model: folder.  task: a task's name, or film-text, squad-text, drop-text.  steps: of two forwards each."""
 
     model: str
     task: str
@@ -57,6 +57,12 @@ class Cell:
     @property
     def batch(self) -> int:
         return TEXT_BATCH if self.is_text else BATCH
+
+    def steps_of(self, forwards: int) -> int:
+        """Steps of so many forwards that the cell's own pay for.  Raises InputError where there is none."""
+        if forwards > 2 * self.steps:
+            raise InputError(f"{self.name}: a step takes {forwards} forwards, the run has {2 * self.steps}")
+        return 2 * self.steps // forwards
 
     @property
     def learn_on(self) -> str:

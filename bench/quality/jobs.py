@@ -1,8 +1,12 @@
 """Jobs of the comparison, each run in a process of its own: learn something once, or put one method on one cell.
 
-A method on a cell: five rates, a factor of 3 apart, one run each on seed 0, scored on dev rows (up to two more while
-the best is at an end); then the best one with fresh seeds, on held-out rows.  A run that has its JSON in the work
-folder is not repeated; its row is appended when it ends.
+A method on a cell: rates a factor of 3 apart around a centre, one run each on seed 0, scored on dev rows, and further
+ones while the best is at an end; then the best one with fresh seeds, on held-out rows.  A run that has its JSON in the
+work folder is not repeated; its row is appended when it ends.
+
+The centre is the model's central rate, made for two-point steps along scaled noise.  Of another method (Adam's, signs,
+normalised steps: rates of other orders) it is where the weights are as far from the base as MeZO's are at the central
+rate, after PROBED forwards.
 """
 
 from __future__ import annotations
@@ -17,18 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench.quality.artefacts import artefact_path, central_rate, make_artefact, per_layer
-from bench.quality.bed import Bed, Run
+from bench.quality.bed import Bed, Make, Run
 from bench.quality.cells import Cell
 from bench.rows import append, machine, spread, version
 from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.files import make_folder, write_json
-from zo_finetuner.optim import METHODS, Method, make_method
-from zo_finetuner.optim.create import check_method
+from zo_finetuner.optim import METHODS, PRESETS, check_method, make_method
 
-MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the model's central rate
+MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the centre
+PROBED = 120  # forwards
 ADAM_RATES = (2e-4, 7e-4, 2e-3)
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 PUBLISHED = "llama1B_finetuner.pth"
@@ -48,6 +51,9 @@ OPTIONAL = ("self-calibrated",)  # compared where the library has it
 ABLATIONS = ("improved, several sets", "improved, per layer", "improved, not normalised")
 
 
+TWO_POINT = ("mezo", "random", "published", "sigma-one", *LEARNED, *OPTIONAL)  # rates as MeZO's
+
+
 def rounds() -> tuple[tuple[str, ...], ...]:
     """The providers of the main table: what all cells get first, and then."""
     return ("adam", *FIRST), SECOND + tuple(name for name in OPTIONAL if name in METHODS)
@@ -61,21 +67,25 @@ def check_provider(name: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Folders and sizes that all jobs share."""
+    """Folders and sizes that all jobs share.  case: of the rows.  multiples: rates that are always tried; more: how
+    many beyond their ends at most."""
 
     shared: Path
     work: Path
     out: Path
     quick: bool = False
     device: str = "cpu"
+    case: str = "quality"
+    multiples: tuple[float, ...] = MULTIPLES
+    more: int = 2
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return SEEDS[:2] if self.quick else SEEDS
 
     @property
-    def multiples(self) -> tuple[float, ...]:
-        return MULTIPLES[1:4] if self.quick else MULTIPLES
+    def rows(self) -> Path:
+        return self.out / f"{self.case}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -152,12 +162,12 @@ class Deploy:
     def run(self, place: Place) -> None:
         bed = Bed(self.cell, place.shared, place.work)
         if self.provider == "adam":
-            centre, multiples, go = 1.0, ADAM_RATES, bed.adam
+            centre, multiples, more, go = 1.0, ADAM_RATES, 0, bed.adam
         else:
-            centre = _read(Central(self.cell.model).result(place))["lr"]
-            multiples, go = place.multiples, partial(bed.zeroth_order, _maker(self, place))
+            centre, multiples, more = self._centre(place, bed), place.multiples, place.more
+            go = partial(bed.zeroth_order, maker(self, place), eps=eps_of(self.provider))
         losses = {}
-        while (multiple := _next(multiples, losses, widen=self.provider != "adam")) is not None:
+        while (multiple := _next(multiples, losses, more)) is not None:
             losses[multiple] = self._once(place, bed, go, centre, multiple, TUNING_SEED, "dev")
         best = min(losses, key=losses.__getitem__)
         edge = best in (min(losses), max(losses))
@@ -165,6 +175,17 @@ class Deploy:
             self._once(place, bed, go, centre, best, seed, "test", edge=edge)
         tried = sorted(losses.items())
         write_json(self.result(place), {"multiple": best, "lr": best * centre, "edge": edge, "dev": tried})
+
+    def _centre(self, place: Place, bed: Bed) -> float:
+        central = _read(Central(self.cell.model).result(place))["lr"]
+        if self.provider in TWO_POINT:
+            return central
+        path = self.folder(place) / "centre.json"
+        if not path.is_file():
+            mezo = bed.travel(maker(Deploy(self.cell, "mezo"), place), PROBED)
+            own = bed.travel(maker(self, place), PROBED, eps_of(self.provider))
+            _write(path, {"lr": float(f"{central * mezo / own:.1e}")})
+        return _read(path)["lr"]
 
     def _once(
         self, place: Place, bed: Bed, go: Callable[..., Run], centre: float, multiple: float, seed: int, split: str,
@@ -174,56 +195,73 @@ class Deploy:
         if path.is_file():
             return _read(path)["loss"]
         run = go(centre * multiple, seed, split)
-        row = _row(self, bed, run, split, seed, place.device) | {"lr": centre * multiple, **more}
+        row = _row(self, bed, run, split, seed, place) | {"lr": centre * multiple, **more}
         if split == "dev":
             row["rate"] = round(multiple, 4)
-        append(place.out / "quality.jsonl", row)
+        append(place.rows, row)
         reference = bed.first(split)[0] if split == "dev" or bed.rows.prior is None else bed.rows.prior
         _write(path, {"loss": run.loss, "reference": reference, "lr": centre * multiple, "curve": run.curve})
         return run.loss
 
 
-def _next(multiples: tuple[float, ...], losses: dict[float, float], widen: bool) -> float | None:
-    """The next rate to try: those given, then beyond the end that is best, twice at most."""
+def _next(multiples: tuple[float, ...], losses: dict[float, float], more: int) -> float | None:
+    """The next rate to try: those given, then beyond the end that is best, `more` at most."""
     for multiple in multiples:
         if multiple not in losses:
             return multiple
     best = min(losses, key=losses.__getitem__)
-    if not widen or len(losses) >= len(multiples) + 2 or best not in (min(losses), max(losses)):
+    if len(losses) >= len(multiples) + more or best not in (min(losses), max(losses)):
         return None
     return best / 3 if best == min(losses) else best * 3
 
 
-def _maker(job: Deploy, place: Place) -> Callable[[nn.Module, int], Method]:
-    """(model, seed) -> method.  Random nets are drawn anew for every seed."""
-    provider, name, options = job.provider, "zo-finetuner", {}
+def optimizer_of(provider: str) -> str:
+    """The library's name of what a provider is."""
+    if provider == "improved, per layer":
+        return "closed-form"
+    return "zo-finetuner" if provider in ("random", "published", *LEARNED) else provider
+
+
+def eps_of(provider: str) -> float:
+    return PRESETS[optimizer_of(provider)].eps
+
+
+def maker(job: Deploy, place: Place) -> Make:
+    """Random nets are drawn anew for every seed."""
+    provider, options = job.provider, {}
     if provider in LEARNED:
         path = artefact_path(place.work, job.cell.model, LEARNED[provider][0], job.sets)
         options = {"pertnn": path, "normalize": provider != "improved, not normalised"}
     if provider == "improved, per layer":
-        name, options = "closed-form", {"pertnn": per_layer(path)}
+        options = {"pertnn": per_layer(path)}
     elif provider == "published":
         options = {"pertnn": place.shared / "pertnn" / PUBLISHED}
-    elif provider not in ("random", *LEARNED):
-        name = provider
+    name = optimizer_of(provider)
     return lambda model, seed: make_method(name, model, batch_size=job.cell.batch, seed=seed, **options)
 
 
-def _row(job: Deploy, bed: Bed, run: Run, split: str, seed: int, device: str) -> dict[str, Any]:
+def _row(job: Deploy, bed: Bed, run: Run, split: str, seed: int, place: Place) -> dict[str, Any]:
     """`test_loss` or `dev_loss` of one run, with its curve: [forwards, loss] at every point."""
     row = {
-        "case": "quality", "provider": job.provider, "dtype": "float32", "n": len(getattr(bed.rows, split)),
+        "case": place.case, "provider": job.provider, "dtype": "float32", "n": len(getattr(bed.rows, split)),
         "metric": f"{split}_loss", "unit": "nats", "phase": "tune" if split == "dev" else "report",
         "model": Path(job.cell.model).name, "task": job.cell.task, "steps": job.cell.steps, "seed": seed,
         "forwards": run.curve[-1][0], "curve": [[x, round(y, 5)] for x, y in run.curve],
         "base_loss": bed.first(split)[0], "learned_on": list(job.sets), "time_s": round(run.seconds, 2),
-        "diverged": run.diverged, "transformers": version("transformers"), **spread([run.loss]), **machine(device),
+        "processor_s": round(run.processor_seconds, 2), "forwards_per_step": run.forwards,
+        "diverged": run.diverged, "transformers": version("transformers"), **spread([run.loss]),
+        **machine(place.device),
     }  # fmt: skip
     if bed.rows.prior is not None:
         row["prior_loss"] = bed.rows.prior
+    if run.state is not None:
+        row["state"] = round(run.state, 4)
     if run.accuracy is not None:
         row |= {"accuracy": run.accuracy, "base_accuracy": bed.first(split)[1]}
     return row
+
+
+Job = Central | Learn | Deploy
 
 
 def learnable(deploy: Deploy, place: Place) -> bool:
@@ -234,7 +272,7 @@ def learnable(deploy: Deploy, place: Place) -> bool:
     return runs[0]["reference"] - statistics.median(losses) > max(losses) - min(losses)
 
 
-def work_on(job: Central | Learn | Deploy, place: Place) -> str:
+def work_on(job: Job, place: Place) -> str:
     """In a process of its own, of one thread."""
     import logging
 

@@ -103,9 +103,9 @@ class CellRows:
         return self.outcomes[provider].forwards_to(mezo.loss) / mezo.curve[-1][0]
 
 
-def cells_of(rows: Iterable[Row]) -> list[CellRows]:
+def cells_of(rows: Iterable[Row], case: str = "quality") -> list[CellRows]:
     """Of every model and task the steps that most methods ran (the larger of two); a seed's newest row counts."""
-    kept = [r for r in rows if r["case"] == "quality" and r["metric"] == "test_loss"]
+    kept = [r for r in rows if r["case"] == case and r["metric"] == "test_loss"]
     cells = []
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in kept):
         mine = [r for r in kept if (r["model"], r["task"]) == (model, task)]

@@ -252,11 +252,11 @@ def _predict(
     once = trace_loss(model, batch)
     trained = numel * size
     count = method.forwards
-    cost, first, scratch, largest, along = once, 0, 0, "", 0
+    cost, first, scratch, largest = once, 0, 0, ""
     work = Work(count, count * once.flops, count * trained, count * once.traffic, 2 * (count + 1) * trained,
                 once.operators)  # fmt: skip
-    if method.slopes:  # the direction of all weights, and every tensor of a forward twice
-        along, cost = trained, replace(once, body=2 * once.body, logits=2 * once.logits)
+    if method.slopes:  # every tensor of a forward twice
+        cost = replace(once, body=2 * once.body, logits=2 * once.logits)
     elif probing != "inplace":
         probed = trace_probes(model, trainable_blocks(model), batch, probing)
         cost, first, scratch, largest = probed.later, probed.first, probed.scratch, probed.largest
@@ -284,8 +284,7 @@ def _predict(
         scratch=scratch,
         activations=cost.body,
         logits=cost.logits,
-        method=sum({id(t): t.nbytes for t in _tensors(method)}.values()) + along
-        + len(blocks) * (BLOCK_STATS * learned + 4),
+        method=method_bytes(method, blocks),
         tables=len(blocks) * 56 + sum(-(-n >> 16) * 16 for n in blocks.numels),
         first=first,
         gradients=trained,
@@ -296,6 +295,17 @@ def _predict(
         learning=held + numel * (4 - size) + backward + 4 * (9 * max(blocks.numels) // 8 + tied),
     )
     return memory, work, largest
+
+
+def method_bytes(method: Method, blocks: Blocks) -> int:
+    """What a method that has not yet made a step keeps for these blocks: states, factors, nets, scales, numbers per
+    block, and the direction of a derivative.  The weights are not its own."""
+    kept = {t.untyped_storage()._cdata: t.nbytes for t in _tensors(method)}
+    for weight in blocks.tensors:
+        kept.pop(weight.untyped_storage()._cdata, None)
+    along = sum(weight.nbytes for weight in blocks.tensors) if method.slopes else 0
+    per_block = BLOCK_STATS * isinstance(method.scales, Learned) + 4
+    return sum(kept.values()) + method.factor_bytes + along + len(blocks) * per_block
 
 
 def _states(method: Method) -> list[list[Tensor]]:

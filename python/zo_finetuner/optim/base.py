@@ -116,6 +116,7 @@ class Method(Part):
 
     scratch_only: why its probes cannot be made in place, "" where they can.
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
+    factor_bytes: of its subspace and of what is collected in it, at the most.
     uniform: every step asks for the same probes (a captured step may stand for all)."""
 
     name = "method"
@@ -125,6 +126,7 @@ class Method(Part):
     slopes = False
     scratch_only = ""
     low_rank = False
+    factor_bytes = 0
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

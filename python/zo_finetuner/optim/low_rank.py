@@ -74,6 +74,13 @@ class LowRank(Composed):
     def directions(self) -> int:
         return self.estimator.directions + bool(self.period)  # the last one's seed is a subspace's
 
+    @property
+    def factor_bytes(self) -> int:
+        matrices, r = self._layout.matrices, self.rank
+        if not self.period:
+            return 4 * sum((x.m + x.n) * self._layout.limit for x in matrices)
+        return 4 * (sum(x.n * r + self.two_sided * x.m * r for x in matrices) + sum(self._layout.sizes))
+
     def start(self, blocks: Blocks) -> None:
         super().start(blocks)
         gain = 1.0 if self.period else self.rank**-0.5
