@@ -15,6 +15,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.hf import ZOTrainer
 from zo_finetuner.optim import METHODS, PRESETS, Composed, make_method
 from zo_finetuner.optim.rules import RULES
+from zo_finetuner.optim.self_calibrated import Calibrated, calibrated_scales
 from zo_finetuner.optim.settings import build
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
@@ -46,9 +47,18 @@ def method(case, **more):
     return build(name, PRESETS[name].kind, PRESETS[name].settings, {**settings, **more})
 
 
-def engine_of(case, probing="scratch", seed=SEED, model=None, **more):
-    chosen = method(case, **more)
-    return Engine(model or Problem(), chosen, eps=EPS, seed=seed, probing="auto" if chosen.low_rank else probing)
+def engine_of(case, probing="scratch", seed=SEED, model=None, grouped=False, **more):
+    chosen, model = method(case, **more), Problem() if model is None else model
+    if chosen.name == "self-calibrated":
+        chosen.scales = calibrated_scales(model, 16) if grouped else one_group(model)
+    return Engine(model, chosen, eps=EPS, seed=seed, probing="auto" if chosen.low_rank else probing)
+
+
+def one_group(model):
+    """All blocks in one group, so that a step moves them all; a group a step is tested in test_self_calibrated."""
+    numels = [p.numel() for p in model.parameters() if p.requires_grad]
+    total = torch.tensor([sum(numels)], dtype=torch.float64)
+    return Calibrated(torch.zeros(len(numels), dtype=torch.int64), total, total.clone())
 
 
 def flat(engine):
@@ -318,7 +328,7 @@ def test_sixteen_bits_and_predicted_state(case):
     """bf16 weights take a finite step, and the state that `zo plan` counts on a model of shapes is the one that is."""
     model, ids = tiny("llama", torch.bfloat16), tokens()
     settings = {"project": "k_proj,v_proj"} if case == "dizo" else {}
-    engine = engine_of(case, "auto", model=model, **settings)
+    engine = engine_of(case, "auto", model=model, grouped=True, **settings)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     engine.step(lambda: model(input_ids=ids, labels=ids).loss, 1e-3)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
