@@ -123,8 +123,7 @@ class Mean:
     @property
     def error(self) -> Tensor:
         """Standard error of the mean."""
-        count = self.count if self.memory is None else min(self.count, self.memory)
-        return ((self.square - self.mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
+        return ((self.square - self.mean.square()).clamp(min=0) / max(self.count - 1, 1)).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean, "square": self.square}
@@ -159,12 +158,8 @@ class Estimate:
         return Profile(self.least_gain(), layout.pooled(self.cost, self.energy.mean))
 
     def least_gain(self) -> Tensor:
-        """Gains, (blocks,) fp32 > 0; where their sum does not stand above its error, drawn to the batches' energies as
-        costs are to theirs (`Layout.pooled`).  Needs two samples with one check seed."""
-        energy = self.energy.mean.clamp(min=1e-20)
-        gain = torch.maximum(self.gain.mean, LEAST_GAIN * energy)
-        known = certainty(self.gain.mean, self.gain.error)
-        return gain**known * (energy * (gain.sum() / energy.sum())) ** (1 - known)
+        """Gains, (blocks,) fp32 > 0.  Needs two samples with one check seed."""
+        return torch.maximum(self.gain.mean, LEAST_GAIN * self.energy.mean).clamp(min=1e-20)
 
 
 class Layout:
@@ -195,11 +190,6 @@ class Layout:
         drawn = torch.maximum(drawn, least).clamp(min=1e-20)
         usual = (energy * self.numels).sqrt().clamp(min=1e-20)
         usual = usual * (drawn.sum() / usual.sum())
-        known = certainty(cost.mean, cost.error)
+        total, error = cost.mean.sum().clamp(min=0), cost.error.norm()
+        known = (total.square() / (total.square() + error.square()).clamp(min=1e-30)).clamp(max=1)
         return drawn**known * usual ** (1 - known)
-
-
-def certainty(mean: Tensor, error: Tensor) -> Tensor:
-    """total^2 / (total^2 + error^2) of a sum over blocks whose terms have these standard errors: 0-dim, 0 to 1."""
-    total = mean.sum().clamp(min=0).square()
-    return total / (total + error.square().sum()).clamp(min=1e-30)
