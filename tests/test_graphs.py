@@ -9,11 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from emulated_graphs import EmulatedCapturer
+from emulated_graphs import EmulatedCapturer, as_on_a_gpu  # noqa: F401 (a fixture of every test)
 from models import VOCAB, tiny
 
-import zo_kernels as zk
-from zo_finetuner import calls
 from zo_finetuner.engine import Engine
 from zo_finetuner.graphs import GraphedSteps
 from zo_finetuner.masks import positions_as_given
@@ -22,22 +20,6 @@ from zo_finetuner.params import trainable_blocks
 from zo_finetuner.scale_net import ScaleNet
 
 SHAPES = [(2, 5), (3, 4)]
-
-
-def quick_words(seed, counters):
-    """Instead of Philox, whose 200 operators a block would be most of what is noted and replayed."""
-    c0, c1, c2, c3 = counters
-    mixed = (c0 * 2654435761 + c2 * 40503 + c3 * 977 + c1 + seed % 1000003) % 4294967291
-    return torch.stack([(mixed * odd + 12345) & 0xFFFFFFFF for odd in (1, 69069, 1103515245, 134775813)], dim=-1)
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """Torch's operators only, and no tensor is looked at because it lies in the host's memory."""
-    monkeypatch.setattr(calls, "COMPARED_AT_ONCE", ())
-    monkeypatch.setattr(zk.noise, "philox", quick_words)
-    with zk.use_backend("reference"):
-        yield
 
 
 def batches(count, seed=3):

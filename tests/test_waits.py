@@ -6,27 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_graphs import EmulatedCapturer
+from emulated_graphs import EmulatedCapturer, as_on_a_gpu  # noqa: F401 (a fixture of every test)
 from models import save_model, save_rows, tiny
-from test_graphs import quick_words
 from test_hf import Rows, arguments, losses, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import zo_kernels as zk
-from zo_finetuner import calls, training
+from zo_finetuner import training
 from zo_finetuner.capturable import obstacle
 from zo_finetuner.config import RunConfig
 from zo_finetuner.errors import InputError
 from zo_finetuner.hf import ZOTrainer
 from zo_finetuner.training import train, use_graphs
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(calls, "COMPARED_AT_ONCE", ())
-    monkeypatch.setattr(zk.noise, "philox", quick_words)
-    with zk.use_backend("reference"):
-        yield
 
 
 class NoWaits(TorchDispatchMode):

@@ -14,7 +14,7 @@ import torch
 
 from bench.quality.artefacts import overhead
 from bench.quality.cells import Cell, grid
-from bench.quality.jobs import ABLATIONS, Central, Deploy, Job, Place, check_provider, rounds
+from bench.quality.jobs import ABLATIONS, ROUNDS, Central, Deploy, Job, Place, check_provider
 from bench.quality.picture import draw
 from bench.quality.pretrain import add_pretrain_arguments, pretrain
 from bench.quality.verdict import report
@@ -102,7 +102,7 @@ def plan(cells: list[Cell], providers: list[str], ablations: bool) -> list[Job]:
     models = list(dict.fromkeys(cell.model for cell in cells))
     turns = [[cell for cell in cells if cell.model == model] for model in models]
     ordered = [cells[i] for i in range(max(map(len, turns))) for cells in turns if i < len(cells)]
-    asked = [("adam", *providers)] if providers else rounds()
+    asked = [("adam", *providers)] if providers else ROUNDS
     deploys = [Deploy(cell, name) for names in asked for cell in ordered for name in names]
     if ablations:
         deploys += [Deploy(cell, name) for turn in turns for cell in turn[:2] for name in ABLATIONS]

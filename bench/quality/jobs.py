@@ -28,7 +28,7 @@ from bench.quality.cells import Cell
 from bench.rows import append, machine, spread, version
 from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.files import make_folder, write_json
-from zo_finetuner.optim import METHODS, PRESETS, check_method, make_method
+from zo_finetuner.optim import PRESETS, check_method, make_method
 
 MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the centre
 PROBED = 120  # forwards
@@ -46,17 +46,10 @@ LEARNED = {
     "improved, per layer": ("improved", False),
     "improved, several sets": ("improved", True),
 }
-FIRST, SECOND = ("mezo", "improved", "closed-form", "random"), ("paper", "published")  # all cells of the first before
-OPTIONAL = ("self-calibrated",)  # compared where the library has it
+#: The providers of the main table: what all cells get first, and then.
+ROUNDS = ("adam", "mezo", "improved", "closed-form", "random"), ("paper", "published", "self-calibrated")
 ABLATIONS = ("improved, several sets", "improved, per layer", "improved, not normalised")
-
-
-TWO_POINT = ("mezo", "random", "published", "sigma-one", *LEARNED, *OPTIONAL)  # rates as MeZO's
-
-
-def rounds() -> tuple[tuple[str, ...], ...]:
-    """The providers of the main table: what all cells get first, and then."""
-    return ("adam", *FIRST), SECOND + tuple(name for name in OPTIONAL if name in METHODS)
+TWO_POINT = ("mezo", "random", "published", "sigma-one", *LEARNED, "self-calibrated")  # rates as MeZO's
 
 
 def check_provider(name: str) -> None:
