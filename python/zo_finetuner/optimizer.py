@@ -19,6 +19,7 @@ from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import PRESETS, Preset, make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
+from zo_finetuner.ranks import Ranks, joined
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -26,7 +27,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     method: an ask/tell method; default `MeZO()`.  lr: positive and finite; change it through `param_groups` or an LR
     scheduler.  graphs: whether steps of `evaluate_on` are repeated as CUDA graphs (`graphs.py`), or what captures them
-    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  Other arguments: see `Engine`.
+    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  ranks: where torch.distributed runs, by
+    default all its processes, each with its own rows.  Other arguments: see `Engine`.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         probing: str = "auto",
         weight_decay: float = 0.0,
         graphs: bool | Capturer = False,
+        ranks: Ranks | None = None,
     ):
         require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
         blocks = trainable_blocks(model)
+        ranks = Ranks() if ranks is None and joined() else ranks
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr})
         self.engine = Engine(
             model,
@@ -52,6 +56,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             probing=probing,
             weight_decay=weight_decay,
             blocks=blocks,
+            ranks=ranks,
         )
         self.graphs = GraphedSteps(self.engine, None if graphs is True else graphs) if graphs else None
         self._stepped = False
@@ -103,6 +108,7 @@ def create_zo_optimizer(
     probing: str = "auto",
     weight_decay: float = 0.0,
     graphs: bool | Capturer = False,
+    ranks: Ranks | None = None,
     **arguments: Any,
 ) -> ZOOptimizer:
     """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own.
@@ -113,5 +119,5 @@ def create_zo_optimizer(
     preset = PRESETS[optimizer] if named else Preset(type(method))
     lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
     return ZOOptimizer(
-        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs, ranks=ranks
     )

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from zo_finetuner.agreement import agreed, data_facts, digest, model_facts, require_same
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
 from zo_finetuner.data import load_splits
@@ -34,6 +35,7 @@ from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
+from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.tasks import Task, get_task
 from zo_finetuner.tasks.templates import Row
 
@@ -55,9 +57,14 @@ class TaskTrainer(ZOTrainerMixin, Trainer):
         return metrics
 
 
+@agreed()
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
+    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written.
+
+    Several processes run it together, the first of them writes."""
     config.check()
+    data_ranks = Ranks(config.probe_ranks).data if joined() else 1
+    shape = divided(config.batch_size, config.grad_accum, data_ranks)
     out = Path(config.output_dir)
     checkpoint = _check_output(out, config)
     task = get_task(config.task)
@@ -70,7 +77,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
         random_weights=config.random_weights,
     )
-    graphs = use_graphs(config.graphs, model)
+    graphs = use_graphs(config.graphs, model) and not joined()
     limit = min(config.max_length, context_length(model))
     splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
     method = make_method(
@@ -79,22 +86,26 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     require_goes(config.probing, method)
 
-    if config.overwrite and out.exists() and checkpoint is None:
-        _remove_run(out)
-    make_folder(out)
-    write_text(out / "config.yaml", config.to_yaml())
-    print(config.to_yaml(), end="", flush=True)
+    settings = {"settings of the run": digest(dataclasses.asdict(config))}
+    require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
+    if leads():
+        if config.overwrite and out.exists() and checkpoint is None:
+            _remove_run(out)
+        make_folder(out)
+        write_text(out / "config.yaml", config.to_yaml())
+        print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
-    measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=True)
+    measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=leads())
     before = _saved_before(out) if checkpoint else None
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
-        write_json(out / "before.json", before)
+        if leads():
+            write_json(out / "before.json", before)
     _say("before", before, task)
 
-    trainer = _trainer(config, out, model, tokenizer, task, splits, method, graphs)
+    trainer = _trainer(config, shape, out, model, tokenizer, task, splits, method, graphs)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
@@ -102,7 +113,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     _say("after", after, task)
 
     engine = trainer.zo_optimizer.engine
-    _write_log(out, trainer.state.log_history)
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
@@ -123,8 +133,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
     }
+    if engine.ranks is not None:
+        result["ranks"] = engine.ranks.traffic()
     if config.save_model:
         trainer.save_model(str(out / "model"))
+    if not leads():
+        return result
+    _write_log(out, trainer.state.log_history)
+    if config.save_model:
         tokenizer.save_pretrained(str(out / "model"))
     draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{config.task}, dev rows")
     write_json(out / "result.json", result)
@@ -132,16 +148,17 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _trainer(
-    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, task: Task, splits: dict[str, list[Encoded]],
-    method: Method, graphs: bool,
+    config: RunConfig, shape: tuple[int, int], out: Path, model: nn.Module, tokenizer: Any, task: Task,
+    splits: dict[str, list[Encoded]], method: Method, graphs: bool,
 ) -> TaskTrainer:
+    """shape: rows in a micro-batch and micro-batches in a window, of one process."""
     every = config.eval_steps or max(1, config.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=shape[0],
         per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=shape[1],
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
@@ -171,7 +188,8 @@ def _trainer(
         data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model), few_shapes=graphs),
         task=task,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
+        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "probe_ranks": config.probe_ranks},
         objective=training_loss,
     )
 
@@ -243,5 +261,7 @@ def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
 
 
 def _say(when: str, values: dict[str, float], task: Task) -> None:
+    if not leads():
+        return
     print(f"{when}: loss {values['loss']:.4f}, {task.metric} {values[task.metric]:.3f} on {values['n']} test rows",
           flush=True)
