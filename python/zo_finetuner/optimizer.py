@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zo_finetuner.engine import Engine, LossFn, LossOf
 from zo_finetuner.errors import require_positive
 from zo_finetuner.graphs import Capturer, GraphedSteps
+from zo_finetuner.guards import Limits
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import PRESETS, Preset, make_method
 from zo_finetuner.optim.mezo import MeZO
@@ -39,6 +40,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        limits: Limits | None = None,
         graphs: bool | Capturer = False,
     ):
         require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
@@ -51,6 +53,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             seed=seed,
             probing=probing,
             weight_decay=weight_decay,
+            limits=limits,
             blocks=blocks,
         )
         self.graphs = GraphedSteps(self.engine, None if graphs is True else graphs) if graphs else None
@@ -102,6 +105,7 @@ def create_zo_optimizer(
     seed: int = 0,
     probing: str = "auto",
     weight_decay: float = 0.0,
+    limits: Limits | None = None,
     graphs: bool | Capturer = False,
     **arguments: Any,
 ) -> ZOOptimizer:
@@ -113,5 +117,6 @@ def create_zo_optimizer(
     preset = PRESETS[optimizer] if named else Preset(type(method))
     lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
     return ZOOptimizer(
-        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, limits=limits,
+        graphs=graphs,
     )

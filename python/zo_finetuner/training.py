@@ -2,6 +2,7 @@
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
 config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
+A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from functools import partial
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
@@ -27,13 +26,15 @@ from zo_finetuner.data import load_splits
 from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
 from zo_finetuner.errors import InputError
 from zo_finetuner.evaluation import evaluate_split
-from zo_finetuner.files import make_folder, write_json, write_text
+from zo_finetuner.files import whole_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin
+from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.isolation import can_pack
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
+from zo_finetuner.run_folder import RunFolder
 from zo_finetuner.tasks import Task, get_task
 from zo_finetuner.tasks.templates import Row
 
@@ -58,8 +59,14 @@ class TaskTrainer(ZOTrainerMixin, Trainer):
 def train(config: RunConfig) -> dict[str, Any]:
     """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
     config.check()
-    out = Path(config.output_dir)
-    checkpoint = _check_output(out, config)
+    with RunFolder(Path(config.output_dir), config.resume, config.overwrite) as folder:
+        return _train(config, folder)
+
+
+def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    out = folder.path
+    folder.require_same(dataclasses.asdict(config))
+    checkpoint = folder.last_checkpoint()
     task = get_task(config.task)
     rows = load_splits(
         task, config.data, seed=config.data_seed, num_train=config.num_train, num_dev=config.num_dev,
@@ -79,9 +86,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     require_goes(config.probing, method)
 
-    if config.overwrite and out.exists() and checkpoint is None:
-        _remove_run(out)
-    make_folder(out)
+    folder.open()
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
@@ -96,7 +101,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     trainer = _trainer(config, out, model, tokenizer, task, splits, method, graphs)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
     _say("after", after, task)
@@ -124,8 +131,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
     }
     if config.save_model:
-        trainer.save_model(str(out / "model"))
-        tokenizer.save_pretrained(str(out / "model"))
+        with whole_folder(out / "model") as saved:
+            trainer.save_model(str(saved))
+            tokenizer.save_pretrained(str(saved))
     draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{config.task}, dev rows")
     write_json(out / "result.json", result)
     return result
@@ -171,7 +179,10 @@ def _trainer(
         data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model), few_shapes=graphs),
         task=task,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
+        zo={
+            "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "limits": config.limits(),
+        },
         objective=training_loss,
     )
 
@@ -194,27 +205,6 @@ def prior_loss(task: Task, train: list[Row], held_out: list[Row]) -> float | Non
     classes = range(len(task.candidates(train[0])))
     smoothed = {label: (counts[label] + 1e-9) / (len(train) + 1e-9 * len(classes)) for label in classes}
     return -sum(math.log(smoothed[task.label(row)]) for row in held_out) / len(held_out)
-
-
-def _check_output(out: Path, config: RunConfig) -> str | None:
-    """The checkpoint to resume from, if any.  Raises InputError rather than touch an earlier run."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output_dir {out}: is a file")
-    held = out.is_dir() and any((out / name).exists() for name in ("config.yaml", "result.json"))
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if config.resume:
-        return checkpoint
-    if (held or checkpoint) and not config.overwrite:
-        raise InputError(f"output_dir {out}: holds a run; choose another, or give --resume or --overwrite")
-    return None
-
-
-def _remove_run(out: Path) -> None:
-    """Take away an earlier run's own files, and nothing else that lies in the folder."""
-    for path in [*out.glob("checkpoint-*"), out / "model"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _saved_before(out: Path) -> dict[str, float] | None:
