@@ -48,6 +48,10 @@ def test_two_runs_on_one_folder(base, tmp_path, capsys):
         assert [path.name for path in out.iterdir()] == [".lock"]
     with RunFolder(out) as second:  # the first has ended
         second.open()
+    (out / "result.json").write_text("{}")
+    fails(capsys, flags(base, out), "holds a run")
+    with RunFolder(out, overwrite=True):  # what was refused holds no lock
+        pass
 
 
 def test_a_killed_run_leaves_no_lock(base, tmp_path):

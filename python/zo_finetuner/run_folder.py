@@ -38,10 +38,17 @@ class RunFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
-        self._check()
+        try:
+            self._check()
+        except InputError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
