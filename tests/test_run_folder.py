@@ -16,7 +16,7 @@ from models import save_model, save_rows
 from safetensors.torch import load_file
 from test_cli import fails, flags, result
 
-from zo_finetuner import training
+from zo_finetuner import workload
 from zo_finetuner.checkpoints import checkpoints, is_whole
 from zo_finetuner.cli import main
 from zo_finetuner.errors import InputError
@@ -225,7 +225,7 @@ def test_a_finished_run_is_resumed_to_the_same_end(base, tmp_path):
 
 def test_a_run_that_skips_too_much_ends_with_a_line(base, tmp_path, monkeypatch, capsys):
     nan = torch.tensor(torch.nan)
-    monkeypatch.setattr(training, "training_loss", lambda model, batch: (nan, torch.ones(())))
+    monkeypatch.setattr(workload, "training_loss", lambda model, batch: (nan, torch.ones(())))
     capsys.readouterr()
     assert main(flags(base, tmp_path / "run", steps=50, eval_steps=10)) == 2
     _, error = capsys.readouterr().err.split("zo: error: ")
