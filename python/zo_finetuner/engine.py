@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.autocast import casts_not_kept
+from zo_finetuner.block_kinds import by_kind
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
@@ -202,9 +203,12 @@ class Engine:
             logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)
 
     def metrics(self) -> dict[str, float]:
-        """The last step's numbers for a log (waits for the device)."""
+        """The last step's numbers for a log (waits for the device); scales as `sigma/KIND`, a number for every kind of
+        block (`block_kinds.KINDS`): the root mean square."""
         values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
-        return {name: float(value) for name, value in values.items()}
+        sigma = values.pop("sigma", None)
+        kinds = {} if sigma is None else by_kind(self.blocks.names, sigma.tolist())
+        return {name: float(value) for name, value in values.items()} | {f"sigma/{k}": v for k, v in kinds.items()}
 
     def flush(self) -> None:
         """Write what a method of low-rank directions has collected into the weights; a model that is called, saved or

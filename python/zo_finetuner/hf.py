@@ -21,6 +21,7 @@ from transformers import Trainer
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+from zo_finetuner.progress import Speed
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
@@ -41,6 +42,8 @@ class ZOTrainerMixin:
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self._speed = Speed()
+        self.add_callback(self._speed)
         if self.args.world_size * max(1, self.args.n_gpu) > 1:
             raise InputError("one process on one device for now: start without torchrun, set CUDA_VISIBLE_DEVICES=0")
 
@@ -72,6 +75,7 @@ class ZOTrainerMixin:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        self._speed.count(self._window)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -99,7 +103,8 @@ class ZOTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
-            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+            numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
+            logs |= {f"zo/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_finetuner.config import RunConfig
@@ -34,6 +34,7 @@ from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
+from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.tasks import Task, get_task
 from zo_finetuner.tasks.templates import Row
 
@@ -102,7 +103,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     _say("after", after, task)
 
     engine = trainer.zo_optimizer.engine
-    _write_log(out, trainer.state.log_history)
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
@@ -161,9 +161,10 @@ def _trainer(
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
+        disable_tqdm=True,  # `Progress` has the bar
         use_cpu=model.device.type == "cpu",
     )
-    return TaskTrainer(
+    trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
@@ -173,7 +174,10 @@ def _trainer(
         tokenizer=tokenizer,
         zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
         objective=training_loss,
+        callbacks=[LogFile(out / "log.jsonl"), Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -236,10 +240,6 @@ def _peak_bytes() -> int | None:
 def _best_step(trainer: Trainer) -> int | None:
     path = trainer.state.best_model_checkpoint
     return int(path.rsplit("-", 1)[1]) if path else None
-
-
-def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def _say(when: str, values: dict[str, float], task: Task) -> None:

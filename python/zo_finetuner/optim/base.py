@@ -117,7 +117,8 @@ class Method(Part):
     scratch_only: why its probes cannot be made in place, "" where they can.
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     factor_bytes: of its subspace and of what is collected in it, at the most.
-    uniform: every step asks for the same probes (a captured step may stand for all)."""
+    uniform: every step asks for the same probes (a captured step may stand for all).
+    metrics: numbers of the last step for the logs, 0-dim; "sigma": (blocks,), the scale of every block."""
 
     name = "method"
     forwards = 0
