@@ -59,7 +59,7 @@ def test_lines_where_there_is_no_terminal(now, capsys):
         shown.on_log(None, state, None, logs)
     shown.on_log(None, state, None, {"eval_loss": 0.625, "eval_accuracy": 0.75, "eval_runtime": 3.0})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 15/1000: loss 0.5000, |g| 12, 4,000 tokens/s, 2 skipped, 7 min left (until " + lines[0][-6:]
+    assert lines[0][:-6] == "step 15/1000: loss 0.5000, |g| 12, 4,000 tokens/s, 2 skipped, 7 min left (until "
     assert len(lines) == 9  # the first, one in ten seconds, the evaluation
     assert lines[-1] == "step 210: dev loss 0.6250, accuracy 0.750"
     state.global_step = 1000
@@ -83,7 +83,7 @@ def test_a_bar_on_a_terminal(capsys):
     assert "step 4: dev loss 0.6250" in told.out
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.2, "3 s"), (61, "1 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min")])
+@pytest.mark.parametrize(("seconds", "text"), [(3.2, "3 s"), (61, "1 min"), (3599, "1 h 0 min"), (1.2e4, "3 h 20 min")])
 def test_times_in_words(seconds, text):
     assert clock(seconds) == text
 
