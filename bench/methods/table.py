@@ -42,7 +42,7 @@ def label(name: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The README's tables and what they say."""
+    """The tables and what they say."""
     cells = measured(rows)
     if not cells:
         return "No rows: `python -m bench methods`."

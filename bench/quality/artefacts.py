@@ -75,7 +75,7 @@ def central_rate(work: Path, shared: Path, model_folder: str) -> float:
         loss_fn = loss_on(model, batch_rows(rows, BATCH, i, 0), pad_token(tokenizer))
         step = torch.tensor(EPS, device=weights.device)
         estimate.add(sample(weights, loss_fn, derive_seed(0, i, 0), derive_seed(0, i // 2, 1), step))
-    cost: Tensor = Layout(weights.blocks).pooled(estimate.cost, estimate.energy.mean)
+    cost: Tensor = Layout(weights.blocks).pooled(estimate.cost)
     return float(f"{RATE / float(cost.sum()):.1e}")
 
 

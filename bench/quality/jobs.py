@@ -1,6 +1,6 @@
 """Jobs of the comparison, each run in a process of its own: learn something once, or put one method on one cell.
 
-A method on a cell: rates a factor of 3 apart around a centre, one run each on seed 0, scored on dev rows, and further
+A method on a cell: rates a factor of 2 apart around a centre, one run each on seed 0, scored on dev rows, and further
 ones while the best is at an end; then the best one with fresh seeds, on held-out rows.  A run that has its JSON in the
 work folder is not repeated; its row is appended when it ends.
 
@@ -30,7 +30,7 @@ from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.files import make_folder, write_json
 from zo_finetuner.optim import PRESETS, check_method, make_method
 
-MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the centre
+MULTIPLES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # of the centre
 PROBED = 120  # forwards
 ADAM_RATES = (2e-4, 7e-4, 2e-3)
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
@@ -70,7 +70,7 @@ class Place:
     device: str = "cpu"
     case: str = "quality"
     multiples: tuple[float, ...] = MULTIPLES
-    more: int = 2
+    more: int = 3
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -205,7 +205,8 @@ def _next(multiples: tuple[float, ...], losses: dict[float, float], more: int) -
     best = min(losses, key=losses.__getitem__)
     if len(losses) >= len(multiples) + more or best not in (min(losses), max(losses)):
         return None
-    return best / 3 if best == min(losses) else best * 3
+    apart = multiples[1] / multiples[0]
+    return best / apart if best == min(losses) else best * apart
 
 
 def optimizer_of(provider: str) -> str:

@@ -132,7 +132,7 @@ def number(value: float, spread: float | None = None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The README's table: held-out losses of the learnable cells, and the lines that judge them."""
+    """The table: held-out losses of the learnable cells, and the lines that judge them."""
     cells = cells_of(rows)
     if not any("mezo" in cell.outcomes for cell in cells):
         return "No rows: `python -m bench quality`."
