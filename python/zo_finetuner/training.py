@@ -1,7 +1,8 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
+of all result.json.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder, write_json, write_text
-from zo_finetuner.hf import ZOTrainerMixin
+from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
+<<<<<<< HEAD
 from zo_finetuner.progress import LogFile, Progress
+=======
+from zo_finetuner.recorder import Recorder
+>>>>>>> main
 from zo_finetuner.workload import SPLITS, Workload, make_workload
+
+JOURNAL = "journal.zoj"
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
@@ -72,6 +79,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)
     make_folder(out)
+    if checkpoint is None:
+        (out / JOURNAL).unlink(missing_ok=True)
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
@@ -161,7 +170,11 @@ def _trainer(
         data_collator=work.collator(model, tokenizer, few_shapes=bool(graphs)),
         work=work,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
+        zo={
+            "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
+            if config.journal else None,
+        },  # fmt: skip
         objective=work.objective(tokenizer),
         callbacks=[LogFile(out / "log.jsonl"), Progress()],
     )
@@ -195,7 +208,7 @@ def _remove_run(out: Path) -> None:
     """Take away an earlier run's own files, and nothing else that lies in the folder."""
     for path in [*out.glob("checkpoint-*"), out / "model"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png"):
+    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL):
         (out / name).unlink(missing_ok=True)
 
 

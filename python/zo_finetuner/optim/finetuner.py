@@ -54,6 +54,10 @@ class Learned(Ones):
         self.history.remember(losses)
 
     @property
+    def halves(self) -> bool:
+        return not self.exact_scales
+
+    @property
     def metrics(self) -> dict[str, Tensor]:
         return self._metrics
 

@@ -16,6 +16,10 @@ from zo_finetuner.optim.base import Part, StepContext
 
 @dataclass
 class Ones(Part):
+    """halves: all its scales are fp16 numbers, so that a journal holds them in 2 bytes."""
+
+    halves = False
+
     def scale(self, context: StepContext) -> Tensor | None:
         """(blocks,) fp32 >= 0, None for ones."""
         return None
@@ -33,6 +37,8 @@ class Constant(Ones):
     """fixed: (blocks,) fp32 >= 0 in the order of the engine's blocks; rounded to fp16, as a journal holds them."""
 
     fixed: Tensor | None = None
+
+    halves = True
 
     def __post_init__(self) -> None:
         self.memory["scale"] = self.fixed = self.fixed.half().float()

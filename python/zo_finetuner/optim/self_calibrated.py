@@ -56,6 +56,8 @@ class Calibrated(Ones):
     share: Tensor | None = None
     power: float = 0.5
 
+    halves = True
+
     def __post_init__(self) -> None:
         self.gains = GroupGains(self.elements, MEMORY)
         self.memory = self.gains.state_dict()
