@@ -22,7 +22,8 @@ from zo_finetuner.files import make_folder
 
 logger = logging.getLogger(__name__)
 
-OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png")
+JOURNAL = "journal.zoj"
+OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs"}
 

@@ -1,8 +1,8 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
-A run that is interrupted, killed or out of disk space goes on with --resume.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
+of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
-from zo_finetuner.hf import ZOTrainerMixin
+from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
-from zo_finetuner.run_folder import RunFolder
+from zo_finetuner.progress import LogFile, Progress
+from zo_finetuner.recorder import Recorder
+from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 
@@ -76,6 +78,8 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     require_goes(config.probing, method)
 
     folder.open()
+    if checkpoint is None:
+        (out / JOURNAL).unlink(missing_ok=True)
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
@@ -98,7 +102,6 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     _say("after", after, work.metric)
 
     engine = trainer.zo_optimizer.engine
-    _write_log(out, trainer.state.log_history)
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
@@ -158,9 +161,10 @@ def _trainer(
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
+        disable_tqdm=True,  # `Progress` has the bar
         use_cpu=model.device.type == "cpu",
     )
-    return TaskTrainer(
+    trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
@@ -171,9 +175,14 @@ def _trainer(
         zo={
             "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
             "limits": config.limits(),
-        },
+            "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
+            if config.journal else None,
+        },  # fmt: skip
         objective=work.objective(tokenizer),
+        callbacks=[LogFile(out / "log.jsonl"), Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -204,10 +213,6 @@ def _peak_bytes() -> int | None:
 def _best_step(trainer: Trainer) -> int | None:
     path = trainer.state.best_model_checkpoint
     return int(path.rsplit("-", 1)[1]) if path else None
-
-
-def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def _say(when: str, values: dict[str, float], metric: str) -> None:
