@@ -70,8 +70,9 @@ class Header:
     the centre; fixed_scales: hexadecimal fp16 of a constant scale of every block.
 
     tensors: (name, id, shape, dtype) of every block in order.  fingerprint: of the base model (`cards.fingerprint`).
-    limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by hand.  run: what the caller says of data
-    and schedule.  parent: of a branch, the journal and the step that it starts from."""
+    limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by
+    hand.  run: what the caller says of data and schedule.  parent: of a branch, the journal and the step that it starts
+    from."""
 
     kind: str
     layout: dict[str, int]
