@@ -47,13 +47,16 @@ LEARNED = {
     "improved, per layer": ("improved", False),
     "improved, several sets": ("improved", True),
     "improved, transferred": ("improved", False),
+    "es, improved scales": ("improved", False),
+    "fzoo, improved scales": ("improved", False),
 }
+ON_SCALES = {"es, improved scales": "es", "fzoo, improved scales": "fzoo"}  # other estimators along the scaled noise
 #: The providers of the main table: what all cells get first, and then.
 ROUNDS = ("adam", "mezo", "improved", "closed-form", "random"), ("paper", "published", "self-calibrated")
 ABLATIONS = ("improved, several sets", "improved, per layer", "improved, not normalised")
 #: What another model of the family has learned, mapped block by block (`--transfer`): 5 layers of 64, 6 of 256.
 DONORS = {"stories260k-llama": "imdb-llama-6m", "imdb-llama-6m": "stories260k-llama"}
-TWO_POINT = ("mezo", "random", "published", "sigma-one", *LEARNED, "self-calibrated")  # rates as MeZO's
+TWO_POINT = {"mezo", "random", "published", "sigma-one", *LEARNED, "self-calibrated"} - set(ON_SCALES)  # MeZO's rates
 
 
 def check_provider(name: str) -> None:
@@ -239,6 +242,8 @@ def _next(multiples: tuple[float, ...], losses: dict[float, float], more: int) -
 
 def optimizer_of(provider: str) -> str:
     """The library's name of what a provider is."""
+    if provider in ON_SCALES:
+        return ON_SCALES[provider]
     if provider == "improved, per layer":
         return "closed-form"
     return "zo-finetuner" if provider in ("random", "published", *LEARNED) else provider
