@@ -22,11 +22,8 @@ from transformers import Trainer, TrainingArguments
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
-<<<<<<< HEAD
 from zo_finetuner.progress import Speed
-=======
 from zo_finetuner.recorder import Recorder
->>>>>>> main
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 

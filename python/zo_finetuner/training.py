@@ -29,11 +29,8 @@ from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
-<<<<<<< HEAD
 from zo_finetuner.progress import LogFile, Progress
-=======
 from zo_finetuner.recorder import Recorder
->>>>>>> main
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 JOURNAL = "journal.zoj"
