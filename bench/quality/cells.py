@@ -18,7 +18,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder, write_text
 from zo_finetuner.learning.text import text_windows
 from zo_finetuner.tasks import Task, get_task
-from zo_finetuner.training import prior_loss
+from zo_finetuner.workload import prior_loss
 
 BATCH, TEXT_BATCH, EPS, WINDOW = 16, 8, 1e-3, 49
 HORIZON = 400  # steps that the improved recipe learns for
