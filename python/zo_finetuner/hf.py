@@ -14,31 +14,37 @@ logs and saves.  There are no gradients to average, so the model is wrapped in n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from zo_finetuner.agreement import agreed, data_facts, digest, method_facts, model_facts, require_same
+from zo_finetuner.checkpoints import WholeCheckpoints
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
-from zo_finetuner.ranks import Ranks, joined
+from zo_finetuner.progress import Speed
+from zo_finetuner.ranks import Ranks, joined, leads
+from zo_finetuner.recorder import Recorder
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
 
-class ZOTrainerMixin:
+class ZOTrainerMixin(WholeCheckpoints):
     """Keyword arguments besides the Trainer's own:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
-        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
-        "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
-        then runs twice for a shape and not again.  With "probe_ranks": N, N processes share the probes of a step.
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto",
+        "limits": Limits(clip=1.0)}.  With "journal": PATH every step is written down there (`zo replay` rebuilds the
+        weights of any step from it).  With "graphs": True steps are repeated as CUDA graphs, one for each shape of a
+        window: `compute_loss` or objective then runs twice for a shape and not again.  With "probe_ranks": N, so many
+        of several processes share the probes of a step.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
         None: the Trainer's own `compute_loss`.
     """
@@ -48,10 +54,13 @@ class ZOTrainerMixin:
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self._speed = Speed()
+        self.add_callback(self._speed)
         if self.args.n_gpu > 1:
             raise InputError(f"one process drives one GPU, this one sees {self.args.n_gpu}: start one for each with "
                              f"torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
-        self._ranks = Ranks(self._zo_arguments.pop("probe_ranks", 1)) if joined() else None
+        probe_ranks = self._zo_arguments.pop("probe_ranks", 1)
+        self._ranks = Ranks(probe_ranks) if joined() else None
         if joined():  # evaluation_mode: no DistributedDataParallel around the model; the Trainer has placed it
             prepare, as_it_is = self.accelerator.prepare_model, {"device_placement": False, "evaluation_mode": True}
             self.accelerator.prepare_model = lambda model, **_: prepare(model, **as_it_is)
@@ -66,6 +75,10 @@ class ZOTrainerMixin:
             batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             batch *= self._ranks.data if self._ranks else 1
             arguments = {"seed": self.args.seed, "batch_size": batch, "ranks": self._ranks} | self._zo_arguments
+            if not leads():
+                arguments.pop("journal", None)
+            if isinstance(arguments.get("journal"), str | os.PathLike):
+                arguments["journal"] = Recorder(arguments["journal"], schedule_of(self.args))
             self.optimizer = create_zo_optimizer(
                 self.model if model is None else model,
                 lr=self.args.learning_rate,
@@ -93,6 +106,8 @@ class ZOTrainerMixin:
         finally:
             if isinstance(self.zo_optimizer, ZOOptimizer):
                 self.zo_optimizer.engine.flush()
+                if self.zo_optimizer.engine.journal is not None:
+                    self.zo_optimizer.engine.journal.sync()
 
     def _require_agreement(self) -> None:
         """InputError where ranks would not take the same steps.  The optimizer is made here: its method is compared."""
@@ -110,6 +125,7 @@ class ZOTrainerMixin:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        self._speed.count(self._window)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -141,8 +157,16 @@ class ZOTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
-            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+            numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
+            logs |= {f"zo/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
+
+
+def schedule_of(args: TrainingArguments) -> dict[str, Any]:
+    """What a journal's header says of the order of the data and of the schedule."""
+    names = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+             "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps")  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": str(args.lr_scheduler_type.value)}
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
