@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.reading import is_plain, read_object, shown
+from zo_finetuner.tensor_files import read_header
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,56 +130,44 @@ def check_folder(folder: Path, weights: bool = True) -> None:
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
     if not weights:
         return
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: is not a valid index (no weight_map); download it again") from None
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise InputError(f"model {folder}: no .safetensors file; convert the weights with model.save_pretrained()")
     for file in files:
         check_safetensors(file)
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    names = read_object(index, "download it again").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: is not a valid index (no weight_map); download it again")
+    for tensor, name in names.items():
+        # A name with a folder in it would be looked for anywhere on this machine.
+        if not isinstance(name, str) or not is_plain(name) or name in ("", ".", "..") or re.search(r"[/\\]", name):
+            raise InputError(f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, which is no file of "
+                             "this folder; download it again")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 def _check_config(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"model {folder}: no such folder")
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise InputError(f"model {folder}: config.json is missing; give a folder in Hugging Face format")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: is not valid JSON ({error})") from None
+    read_object(config, "download it again", finite=False)
 
 
 def check_safetensors(file: Path) -> None:
     """Raise InputError when the file is missing, shorter or longer than its header says, or holds integer weights.
     Reads the header only."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(size - 8, 100 << 20):
-                raise InputError(f"{file}: is not a safetensors file, or is truncated; download it again")
-            header = json.loads(stream.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: has no valid safetensors header; download it again") from None
-    if size != 8 + length + end:
-        raise InputError(f"{file}: holds {size:,} bytes but its header needs {8 + length + end:,}; download it again")
-    integer = next((name for name, entry in tensors.items() if entry.get("dtype") in INTEGER_DTYPES), None)
+    tensors = read_header(file).tensors
+    integer = next((name for name, tensor in tensors.items() if tensor.dtype in INTEGER_DTYPES), None)
     if integer is not None:
         raise InputError(
-            f"{file}: tensor {integer} is {tensors[integer]['dtype']}: zeroth-order steps move floating weights; "
+            f"{file}: tensor {integer} is {tensors[integer].dtype}: zeroth-order steps move floating weights; "
             f"use the bfloat16 checkpoint, or train a LoRA adapter from Python (peft.get_peft_model)"
         )
