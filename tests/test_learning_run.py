@@ -139,7 +139,7 @@ def test_resume_is_bit_equal(place, tmp_path, recipe, monkeypatch):
     with pytest.raises(InputError, match="cannot resume .*: eps was 0.001 and is 0.01"):
         learn(settings(place, tmp_path / "cut", **changes, resume=True, eps=1e-2), progress=False)
     (tmp_path / "cut" / STATE).write_bytes(b"PK\x03\x04 damaged")
-    with pytest.raises(InputError, match="state.pt: cannot be read"):
+    with pytest.raises(InputError, match="state.safetensors: is not a safetensors file, or is truncated"):
         learn(settings(place, tmp_path / "cut", **changes, resume=True), progress=False)
     assert (tmp_path / "cut" / LEARNED).read_bytes() == before
 
