@@ -7,13 +7,19 @@ import json
 import lzma
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy
 import torch
+from bounded import contents
 from hypothesis import strategies as st
+from models import save_model
 from mutations import edited, mangled, places, sometimes_mangled
 from safetensors.torch import save
 from torch_files import NAMES, network
@@ -21,12 +27,15 @@ from torch_files import NAMES, network
 from zo_finetuner.cards import RECIPES, Card
 from zo_finetuner.config import resolve
 from zo_finetuner.data import load_splits
+from zo_finetuner.journal import FORMAT_VERSION, MAGIC, Header, Layout, read_journal
+from zo_finetuner.learning.checkpoint import STATE, saved_state
 from zo_finetuner.learning.show import describe_card, held_bytes, scales_to_show
 from zo_finetuner.learning.text import read_documents
-from zo_finetuner.loading import check_folder, check_safetensors
+from zo_finetuner.loading import check_folder, check_safetensors, load_model
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn
 from zo_finetuner.scale_net import ScaleNet
+from zo_finetuner.state_files import digest, write_state
 from zo_finetuner.tasks import get_task
 
 Files = st.SearchStrategy[dict[str, bytes]]
@@ -35,7 +44,7 @@ Files = st.SearchStrategy[dict[str, bytes]]
 @dataclass(frozen=True)
 class Reader:
     """files: strategy of all files that change from input to input.  read: takes their folder.  prepare: writes those
-    that stay.  cost: by which the number of inputs is divided."""
+    that stay.  cost: by which `make test` divides the number of inputs."""
 
     files: Files
     read: Callable[[Path], Any]
@@ -132,6 +141,75 @@ def published() -> bytes:
     made = io.BytesIO()
     torch.save({name: network(hidden=4) for name in NAMES}, made)
     return made.getvalue()
+
+
+# --- journals ---
+
+RECORDS = 3
+
+
+def journal() -> Header:
+    """Of MeZO in place with decay, on two tensors with learned scales."""
+    return Header(
+        kind="sum", layout=asdict(Layout(losses=2, coefs=1, probes=3, decay=1, scales=2)), seed=7, eps=1e-3,
+        weight_decay=0.1, dist="normal", probing="inplace", backend="cpu", device="cpu", versions={"torch": "2"},
+        noise_contract=1, fingerprint="shapes:0123456789abcdef weights:0123456789abcdef",
+        tensors=[["a", 1, [2, 3], "float32"], ["b", 2, [4], "float32"]], method_name="mezo", terms=[0],
+        trail=[[0, 0], [0, 0], [0, 0]], method={"name": "mezo"}, run={"steps": 3},
+    )  # fmt: skip
+
+
+@st.composite
+def journals(draw: Any) -> bytes:
+    """A journal whose header, records or bytes may be broken; sums are made anew but for the last."""
+    header = journal()
+    text = encoded(draw(edited(asdict(header)))) if draw(st.booleans()) else encoded(json.dumps(asdict(header)))
+    records = numpy.zeros(RECORDS, header.record.dtype)
+    records["step"] = range(RECORDS)
+    body = records.tobytes()
+    if draw(st.integers(0, 2)) == 2:
+        body = draw(mangled(body, 2))
+    size = header.record.size
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    parts = [part[:-4] + zlib.crc32(part[:-4]).to_bytes(4, "little") if len(part) == size else part for part in parts]
+    start = MAGIC + FORMAT_VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+    whole = start + zlib.crc32(start).to_bytes(4, "little") + b"".join(parts)
+    return draw(mangled(whole)) if draw(st.integers(0, 3)) == 3 else whole
+
+
+def read_all_of_a_journal(folder: Path) -> None:
+    found = read_journal(folder / "x.zoj")
+    assert len(found.upto(None)) == found.steps - found.header.first_step and len(found.header.names) >= 0
+
+
+# --- the state of `zo learn` ---
+
+STATE_TREE = {
+    "settings": {"eps": 0.1, "tasks": ["sst2"]}, "window": 1, "points": [torch.ones(3)], "adam": {0: torch.ones(())},
+}  # fmt: skip
+
+
+def state_file() -> bytes:
+    with TemporaryDirectory() as folder:
+        write_state(Path(folder) / STATE, STATE_TREE)
+        return (Path(folder) / STATE).read_bytes()
+
+
+@st.composite
+def states(draw: Any) -> bytes:
+    """A state whose tree, header or bytes may be broken; the digest is made anew after the tree is."""
+    data = state_file()
+    if draw(st.booleans()):
+        return draw(safetensors_like(data))
+    header, tensors = taken_apart(data)
+    text = draw(edited(json.loads(header["__metadata__"]["tree"])))
+    header["__metadata__"] |= {"tree": text, "digest": digest(text, [torch.ones(3), torch.ones(())])}
+    raw = encoded(json.dumps(header))
+    return len(raw).to_bytes(8, "little") + raw + tensors
+
+
+def read_saved(folder: Path) -> None:
+    saved_state(folder, STATE_TREE["settings"], resume=True, overwrite=False)
 
 
 # --- texts ---
@@ -235,6 +313,23 @@ def with_tokenizer(folder: Path) -> dict[str, bytes]:
     return {"tokenizer.json": b"{}"}
 
 
+@lru_cache
+def whole_model() -> dict[str, bytes]:
+    """The files of a tiny model and its tokenizer."""
+    with TemporaryDirectory() as folder:
+        return contents(save_model(Path(folder)))
+
+
+@st.composite
+def whole_folders(draw: Any) -> dict[str, bytes]:
+    """A model's folder, one file of which is broken."""
+    files = whole_model()
+    name = draw(st.sampled_from(sorted(files)))
+    if name.endswith(".safetensors"):
+        return files | {name: draw(safetensors_like(files[name]))}
+    return files | {name: draw(sometimes_mangled(edited(json.loads(files[name])).map(encoded)))}
+
+
 READERS = {
     **{
         f"learned scales, {kind}": Reader(
@@ -243,6 +338,8 @@ READERS = {
         for kind in ("paper", "closed-form")
     },
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
+    "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
+    "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(
         file("x.yaml", sometimes_mangled(yaml_like())), lambda folder: resolve({"config": str(folder / "x.yaml")})
     ),
@@ -252,4 +349,5 @@ READERS = {
         file("x.safetensors", safetensors_like(HEADER)), lambda folder: check_safetensors(folder / "x.safetensors")
     ),
     "model folder": Reader(folder_files(), lambda folder: check_folder(folder), with_tokenizer),
+    "model, loaded": Reader(whole_folders(), lambda folder: load_model(str(folder)), cost=10),
 }

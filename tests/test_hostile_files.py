@@ -26,7 +26,7 @@ from zo_finetuner.scale_net import ScaleNet
 
 #: A file of every reader in `fuzzed.READERS`.
 FILES = {
-    "learned scales, paper": "x.safetensors", "published networks": "x.pth", "settings": "x.yaml",
+    "learned scales, paper": "x.safetensors", "journal": "x.zoj", "published networks": "x.pth", "settings": "x.yaml",
     "rows": "train.jsonl", "texts": "a.txt", "weights": "x.safetensors", "model folder": "config.json",
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def write_state(path: Path, tree: Any) -> None:
     tensors: list[Tensor] = []
     text = json.dumps(_packed(tree, tensors))
     named = {str(i): tensor for i, tensor in enumerate(tensors)}
-    write_bytes(path, save(named, metadata={"tree": text, "digest": _digest(text, tensors)}))
+    write_bytes(path, save(named, metadata={"tree": text, "digest": digest(text, tensors)}))
 
 
 def read_state(path: Path, mend: str) -> Any:
@@ -48,7 +48,7 @@ def read_state(path: Path, mend: str) -> Any:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {mend}") from None
     text = header.metadata.get("tree", "")
-    if header.metadata.get("digest") != _digest(text, tensors):
+    if header.metadata.get("digest") != digest(text, tensors):
         raise InputError(f"{path}: is damaged, its digest is another; {mend}")
     return _unpacked(parse_json(text, str(path), mend, finite=False), _taker(path, tensors, mend))
 
@@ -90,9 +90,10 @@ def _taker(path: Path, tensors: list[Tensor], mend: str) -> Callable[[Any], Tens
     return take
 
 
-def _digest(text: str, tensors: list[Tensor]) -> str:
-    digest = hashlib.blake2s(text.encode("utf-8", "surrogatepass"))
+def digest(text: str, tensors: list[Tensor]) -> str:
+    """BLAKE2s, in hexadecimal, of a text and of the dtypes, shapes and bytes of tensors on the CPU."""
+    total = hashlib.blake2s(text.encode("utf-8", "surrogatepass"))
     for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        total.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
