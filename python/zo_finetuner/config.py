@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
+from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
@@ -51,6 +52,9 @@ class RunConfig:
     lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
     warmup_steps: int = _option(0, "steps of learning-rate warm-up")
     weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
+    clip: float = _option(0.0, "bound of the projected gradient; 0: none")
+    explosion: float = _option(10.0, "skip a step with a loss above so many times max(1, its running mean); 0: never")
+    max_skipped: float = _option(0.5, "stop when more than this share of the last steps (about 50) was skipped")
     probing: str = _option(
         "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
     )
@@ -84,6 +88,7 @@ class RunConfig:
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
+        self.limits()
         for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -98,6 +103,9 @@ class RunConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+
+    def limits(self) -> Limits:
+        return Limits(self.clip, self.explosion, self.max_skipped)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -29,6 +29,7 @@ MAGIC = b"ZOJOURNL"
 FORMAT_VERSION = 1
 FINITE, FLUSHED = 1, 2  # bits of a record's flags
 KINDS = ("sum", "rerun")
+LIMITS = {"clip", "explosion", "max_skipped"}
 MOST_HEADER, MOST_BYTES = 64 << 20, 16 << 30  # of a header; of a file: 100,000 steps of 10,000 scales are 2 GiB
 _MOST = 1 << 20  # of anything in a record
 _PREFIX = len(MAGIC) + 8
@@ -70,8 +71,9 @@ class Header:
     the centre; fixed_scales: hexadecimal fp16 of a constant scale of every block.
 
     tensors: (name, id, shape, dtype) of every block in order.  fingerprint: of the base model (`cards.fingerprint`).
-    method: what `make_method` takes besides the model, empty for one made by hand.  run: what the caller says of data
-    and schedule.  parent: of a branch, the journal and the step that it starts from."""
+    limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by
+    hand.  run: what the caller says of data and schedule.  parent: of a branch, the journal and the step that it starts
+    from."""
 
     kind: str
     layout: dict[str, int]
@@ -91,6 +93,7 @@ class Header:
     trail: list[list[int]] = field(default_factory=list)
     fixed_scales: str = ""
     first_step: int = 0
+    limits: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] = field(default_factory=dict)
@@ -258,6 +261,9 @@ def _problem(header: Header) -> str:
                 and isinstance(tensor[2], list) and all(type(size) is int and size >= 0 for size in tensor[2])
                 and isinstance(tensor[3], str)):  # fmt: skip
             return f"a tensor {str(tensor)[:200]!a}"
+    if not header.limits.keys() <= LIMITS or not all(_fits("float", limit) and limit >= 0
+                                                     for limit in header.limits.values()):  # fmt: skip
+        return f"unknown limits {str(header.limits)[:200]!a}"
     blocks = len(header.tensors)
     if len(set(header.names)) != blocks or len(set(header.ids.values())) != blocks:
         return "two tensors of one name or id"
