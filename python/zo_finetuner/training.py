@@ -67,6 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method)
+    work.rehearse(model, splits["train"][: config.batch_size], tokenizer)
 
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)
