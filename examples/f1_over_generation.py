@@ -1,6 +1,6 @@
 """Token F1 of what the model writes, against the rows' completions.  Nothing here has a gradient.
 
-    zo train --model M --data qa.jsonl --objective examples/f1_over_generation.py:f1 --maximize --optimizer es ...
+    zo train --model M --data qa.jsonl --objective examples/f1_over_generation.py:f1 --maximize ...
 
 Rows: prompt and completion (texts).  The answer is written greedily, token by token, and ends at the first line break.
 """

@@ -1,6 +1,6 @@
-"""A reward for what the model writes on its own: the share of sampled words that are on a list.  No gradient anywhere.
+"""A reward for what the model writes on its own: the share of sampled words that are on a list.  No gradient here.
 
-    zo train --model M --data prompts.jsonl --objective examples/word_reward.py:happy_words --maximize --optimizer es ...
+    zo train --model M --data prompts.jsonl --objective examples/word_reward.py:happy_words --maximize ...
 
 Rows: prompts alone will do.  Texts are sampled, and with the same draws in every probe of a step: what differs between
 probes is due to the weights.

@@ -200,5 +200,5 @@ def batches(lengths: list[int], sizes: list[int], batch_size: int, progress: boo
     if progress:
         from tqdm.auto import tqdm
 
-        return tqdm(made, desc="evaluate", leave=False)
+        return tqdm(made, desc="evaluate", leave=False, disable=None)  # none where there is no terminal
     return made
