@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"zo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("zo: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
     return 0
 

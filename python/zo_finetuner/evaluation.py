@@ -195,5 +195,5 @@ def _batches(lengths: list[int], sizes: list[int], batch_size: int, progress: bo
     if progress:
         from tqdm.auto import tqdm
 
-        return tqdm(batches, desc="evaluate", leave=False)
+        return tqdm(batches, desc="evaluate", leave=False, disable=None)  # none where there is no terminal
     return batches

@@ -19,22 +19,24 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zo_finetuner.checkpoints import WholeCheckpoints
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+from zo_finetuner.progress import Speed
 from zo_finetuner.recorder import Recorder
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
 
-class ZOTrainerMixin:
+class ZOTrainerMixin(WholeCheckpoints):
     """Keyword arguments besides the Trainer's own:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
-        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
-        "journal": PATH every step is written down there (`zo replay` rebuilds the weights of any step from it).  With
-        "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
-        then runs twice for a shape and not again.
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto",
+        "limits": Limits(clip=1.0)}.  With "journal": PATH every step is written down there (`zo replay` rebuilds the
+        weights of any step from it).  With "graphs": True steps are repeated as CUDA graphs, one for each shape of a
+        window: `compute_loss` or objective then runs twice for a shape and not again.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
         None: the Trainer's own `compute_loss`.
     """
@@ -44,6 +46,8 @@ class ZOTrainerMixin:
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self._speed = Speed()
+        self.add_callback(self._speed)
         if self.args.world_size * max(1, self.args.n_gpu) > 1:
             raise InputError("one process on one device for now: start without torchrun, set CUDA_VISIBLE_DEVICES=0")
 
@@ -79,6 +83,7 @@ class ZOTrainerMixin:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        self._speed.count(self._window)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -106,7 +111,8 @@ class ZOTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
-            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+            numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
+            logs |= {f"zo/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
 
 

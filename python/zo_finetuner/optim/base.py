@@ -118,6 +118,7 @@ class Method(Part):
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     factor_bytes: of its subspace and of what is collected in it, at the most.
     uniform: every step asks for the same probes (a captured step may stand for all).
+    metrics: numbers of the last step for the logs, 0-dim; "sigma": (blocks,), the scale of every block.
     recipe: what `make_method` made it of (JSON), for a journal; empty for one made by hand."""
 
     name = "method"

@@ -47,7 +47,7 @@ class Learned(Ones):
         scale = (norm * sigma).float()
         if not self.exact_scales:
             scale = scale.half().float()
-        self._metrics = {"norm_factor": norm, "scale_min": scale.min(), "scale_max": scale.max()}
+        self._metrics = {"norm_factor": norm, "scale_min": scale.min(), "scale_max": scale.max(), "sigma": scale}
         return scale
 
     def remember(self, losses: Tensor) -> None:

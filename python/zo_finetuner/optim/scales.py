@@ -42,7 +42,7 @@ class Constant(Ones):
 
     def __post_init__(self) -> None:
         self.memory["scale"] = self.fixed = self.fixed.half().float()
-        self._metrics = {"scale_min": self.fixed.min(), "scale_max": self.fixed.max()}
+        self._metrics = {"scale_min": self.fixed.min(), "scale_max": self.fixed.max(), "sigma": self.fixed}
 
     def scale(self, context: StepContext) -> Tensor:
         return self.fixed

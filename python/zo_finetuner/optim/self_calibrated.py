@@ -80,7 +80,7 @@ class Calibrated(Ones):
         scale = torch.where(here, s / pi, 0.0).sqrt().half().float()
         self._energy, self._eps = scale.sum().double().square(), context.eps
         self._metrics = {"group": self.group, "scale": scale.sum(), "scale_min": s.min().sqrt(),
-                         "scale_max": s.max().sqrt()}  # fmt: skip
+                         "scale_max": s.max().sqrt(), "sigma": s.sqrt()[self.groups]}  # fmt: skip
         return scale[self.groups]
 
     @torch.no_grad()
