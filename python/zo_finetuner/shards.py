@@ -50,8 +50,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def stats_of(blocks: Blocks) -> BlockStats:
-    """`zo_kernels.block_stats` of the whole tensors: from pieces joined in fp64, in the order of the ranks (Chan, Golub &
-    LeVeque 1979).  They are the whole's to fp32 rounding of the pieces' own."""
+    """`zo_kernels.block_stats` of the whole tensors, to fp32 rounding: those of the pieces, joined in fp64 in the order
+    of the ranks (Chan, Golub & LeVeque 1979)."""
     stats = block_stats(blocks)
     if not isinstance(blocks, ShardBlocks):
         return stats

@@ -25,9 +25,9 @@ from zo_kernels.triton_kernels.rounding import nearest, stochastic, widen
 from zo_kernels.triton_kernels.span import walk
 from zo_kernels.triton_kernels.statistics import add, close_sums, open_sums
 
-_RUNTIME = ["theta", "out", "mirror", "rows", "width", "offset", "pieces", "tensor_id", "seeds", "coefs", "scale", "scale_stride",
-            "count", "decay", "rounding_seed", "probe_seeds", "probe_coefs", "probe_scale", "probe_stride",
-            "probe_count", "nearest_above", "state", "value", "partial"]  # fmt: skip
+_RUNTIME = ["theta", "out", "mirror", "rows", "width", "offset", "pieces", "tensor_id", "seeds", "coefs", "scale",
+            "scale_stride", "count", "decay", "rounding_seed", "probe_seeds", "probe_coefs", "probe_scale",
+            "probe_stride", "probe_count", "nearest_above", "state", "value", "partial"]  # fmt: skip
 
 
 @triton.jit
