@@ -33,6 +33,7 @@ from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.replay import branch_off
 from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
@@ -75,11 +76,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         checkpoint = folder.last_checkpoint()
     checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
-    set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(
-        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        random_weights=config.random_weights,
-    )
+    model, tokenizer = load_base(config)
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
@@ -149,6 +146,18 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
+
+
+def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as the run begins with them.  Raises InputError."""
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(
+        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
+        random_weights=config.random_weights,
+    )
+    if config.branch:
+        branch_off(model, config.branch)
+    return model, tokenizer
 
 
 def _trainer(
