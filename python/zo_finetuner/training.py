@@ -67,8 +67,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
-        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        random_weights=config.random_weights,
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
     )
     graphs = use_graphs(config.graphs, model)
     limit = min(config.max_length, context_length(model))
