@@ -22,7 +22,7 @@ MEASURED = {
     "quality": ("bench.quality.command", "learned scales against MeZO and the honest controls, at equal forwards"),
     "methods": ("bench.methods.command", "every method of the library against MeZO, at equal forwards"),
 }
-CASES = MEASURED | {"report": ("bench.report", "rows -> the README's tables and results/*.png")}
+CASES = MEASURED | {"report": ("bench.report", "rows -> the tables of README.md and docs/, results/*.png")}
 
 
 def parse(words: list[str]) -> list[tuple[str, argparse.Namespace]]:

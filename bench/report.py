@@ -1,4 +1,5 @@
-"""`python -m bench report`: the newest row of each key -> the README's tables, and the pictures in results.
+"""`python -m bench report`: the newest row of each key -> the tables of README.md and docs/*.md, and the pictures in
+results.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` (NAMEs: `TABLES`), and is replaced as a
 whole; what has no markers is not written.
@@ -18,19 +19,25 @@ from bench.methods.table import table as methods
 from bench.quality import picture as quality_picture
 from bench.quality.verdict import table as quality
 from bench.rows import newest, read
-from bench.step_tables import step
+from bench.step_tables import headline, step
 from bench.tables import Row
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance, "quality": quality,
-    "methods": methods,
+    "headline": headline, "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance,
+    "quality": quality, "methods": methods,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 
 
+def pages(root: Path) -> list[Path]:
+    """Where tables may stand."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the rows")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages(Path()), metavar="FILE",
+                        help="default: README.md and docs/*.md")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables differ")
 
 
@@ -54,24 +61,25 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     rows = newest(read(arguments.results))
     try:
-        before = arguments.readme.read_text(encoding="utf-8")
-        after = fill(before, rows)
+        before = {page: page.read_text(encoding="utf-8") for page in arguments.pages}
+        after = {page: fill(text, rows) for page, text in before.items()}
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
+    changed = [page for page in before if before[page] != after[page]]
     if arguments.check:
-        if before != after:
-            print(f"report: the tables of {arguments.readme} are not those of {arguments.results}: "
-                  f"python -m bench report", file=sys.stderr)  # fmt: skip
-        return int(before != after)
-    if before != after:
-        arguments.readme.write_text(after, encoding="utf-8")
+        for page in changed:
+            print(f"report: the tables of {page} are not those of {arguments.results}: python -m bench report",
+                  file=sys.stderr)  # fmt: skip
+        return int(bool(changed))
+    for page in changed:
+        page.write_text(after[page], encoding="utf-8")
     from bench import picture, step_picture
 
     picture.draw(rows, arguments.results / "kernels.png")
     step_picture.draw(rows, arguments.results / "step.png")
     quality_picture.draw(rows, arguments.results / "quality.png")
     methods_picture.draw(rows, arguments.results / "methods.png")
-    state = "written" if before != after else "as it was"
-    print(f"{arguments.readme}: {state}; kernels.png, step.png, quality.png and methods.png in {arguments.results}")
+    written = ", ".join(map(str, changed)) or "no page"
+    print(f"written: {written}; kernels.png, step.png, quality.png and methods.png in {arguments.results}")
     return 0

@@ -1,5 +1,5 @@
-"""Rows of whole steps -> the README's tables: what was measured, and on a GPU against the targets, with what `zo plan`
-predicts where nothing was measured."""
+"""Rows of whole steps -> tables: what was measured, and on a GPU against the targets, with what `zo plan` predicts
+where nothing was measured."""
 
 from __future__ import annotations
 
@@ -24,6 +24,33 @@ def step(rows: list[Row]) -> str:
     trained = [r for r in rows if r["case"] == "train" and is_gpu(r)]
     targets = _targets(latest_machine(r for r in steps if is_gpu(r)), planned, latest_machine(trained))
     return measured + "\n\n" + targets
+
+
+def headline(rows: list[Row]) -> str:
+    """The README's first table: steps on the machine measured last."""
+    steps = latest_machine(r for r in rows if r["case"] == "step" and not r.get("shrink"))
+    if not steps:
+        return "No rows: `python -m bench step`."
+    where = steps[0]["device"] + (f", {steps[0]['threads']} threads" if steps[0]["threads"] else "")
+    lines = []
+    for wanted in _measurements(steps):
+        get = _getter(steps, **wanted)
+        batch = f"batch {wanted['n']}" if wanted["filled"] is None else f"{wanted['filled']:,} tokens"
+        lines.append([
+            f"{wanted['model']}, {SHORT[wanted['dtype']]}, {wanted['task']}, {batch}",
+            _speed(get("zo_finetuner"), None),
+            _times(_over(get("mezo_reference"), get("zo_finetuner"))),
+            _times(_over(get("zo_finetuner"), get("inference"))),
+            _times(_over(get("zo_finetuner", "peak_bytes"), get("inference", "peak_bytes")), 3),
+        ])  # fmt: skip
+    return table([where, "a step", "faster than MeZO's order", "over two bare forwards", "peak memory over inference"],
+                 lines)  # fmt: skip
+
+
+def _measurements(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What was measured, in the order of the rows."""
+    keys = dict.fromkeys(tuple(map(r.get, KEY)) for r in rows)
+    return [dict(zip(KEY, key, strict=True)) for key in keys]
 
 
 def _times(value: float | None, digits: int = 2) -> str:
@@ -64,8 +91,7 @@ def _getter(rows: Sequence[Row], **wanted: Any) -> Get:
 
 def _measured(rows: list[Row]) -> str:
     lines = []
-    for key in dict.fromkeys(tuple(map(r.get, KEY)) for r in rows):
-        wanted = dict(zip(KEY, key, strict=True))
+    for wanted in _measurements(rows):
         get = _getter(rows, **wanted)
         batch = f"batch {wanted['n']}" if wanted["filled"] is None else f"{wanted['filled']:,} tokens"
         where = wanted["device"] + (f", {wanted['threads']} threads" if wanted["threads"] else "")

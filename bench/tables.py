@@ -1,4 +1,4 @@
-"""Rows -> the README's tables in Markdown.  A function per table: the newest row of each key in, lines out.
+"""Rows -> tables in Markdown.  A function per table: the newest row of each key in, lines out.
 
 A row was measured on a GPU when it names a driver; `sass` rows are predicted from machine code and say so in `device`.
 """

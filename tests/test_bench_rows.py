@@ -38,7 +38,7 @@ def add(folder, *new: dict) -> None:
 
 
 def run(folder, *words: str) -> int:
-    return main(["report", "--results", str(folder / "results"), "--readme", str(folder / "README.md"), *words])
+    return main(["report", "--results", str(folder / "results"), "--pages", str(folder / "README.md"), *words])
 
 
 @pytest.mark.parametrize("key", rows.REQUIRED)
@@ -139,7 +139,7 @@ def test_predicted_is_told_apart_from_measured(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- bench:tpu -->\n<!-- /bench:tpu -->\n", "there is no table for <!-- bench:tpu -->; there are: cpu, gpu"),
+        ("<!-- bench:tpu -->\n<!-- /bench:tpu -->\n", "no table for <!-- bench:tpu -->; there are: headline, cpu, gpu"),
         ("<!-- bench:cpu -->\n", "<!-- bench:cpu --> has no <!-- /bench:cpu --> after it"),
         ("<!-- bench:cpu -->\n<!-- bench:gpu -->\n<!-- /bench:gpu -->\n<!-- /bench:cpu -->\n", "bench:cpu --> has no"),
     ],
@@ -156,7 +156,11 @@ def test_every_table_says_which_command_fills_it(tmp_path):
     assert report.fill(text, []).count("No rows: `python -m bench ") == len(report.TABLES)
 
 
-def test_the_readmes_tables_are_those_of_the_committed_rows():
-    results, readme = ROOT / "bench" / "results", ROOT / "README.md"
-    assert "<!-- bench:cpu -->" in readme.read_text(encoding="utf-8")
-    assert main(["report", "--check", "--results", str(results), "--readme", str(readme)]) == 0
+def test_the_tables_are_those_of_the_committed_rows():
+    pages = [str(page) for page in report.pages(ROOT)]
+    assert main(["report", "--check", "--results", str(ROOT / "bench" / "results"), "--pages", *pages]) == 0
+
+
+def test_every_table_stands_on_one_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in report.pages(ROOT))
+    assert sorted(report.OPEN.findall(text)) == sorted(report.TABLES)

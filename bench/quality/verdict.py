@@ -26,6 +26,7 @@ LABELS = {
     "improved, several sets": "improved, several sets",
     "improved, per layer": "improved, one scale per layer",
     "improved, not normalised": "improved, not normalised",
+    "improved, transferred": "improved for another model",
 }
 WANTED_SHARE, WANTED_FORWARDS = 0.8, 0.5
 
@@ -132,7 +133,7 @@ def number(value: float, spread: float | None = None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The README's table: held-out losses of the learnable cells, and the lines that judge them."""
+    """The table: held-out losses of the learnable cells, and the lines that judge them."""
     cells = cells_of(rows)
     if not any("mezo" in cell.outcomes for cell in cells):
         return "No rows: `python -m bench quality`."

@@ -125,20 +125,19 @@ def _train(arguments: dict[str, Any]) -> None:
 
 
 def _eval(arguments: dict[str, Any]) -> None:
-    from zo_finetuner.data import load_splits
-    from zo_finetuner.encoding import context_length, encode_rows
-    from zo_finetuner.evaluation import evaluate_split
+    from zo_finetuner.config import RunConfig
+    from zo_finetuner.encoding import context_length
     from zo_finetuner.files import write_json
     from zo_finetuner.loading import load_model
-    from zo_finetuner.tasks import get_task
+    from zo_finetuner.workload import make_workload
 
     if arguments["batch_size"] < 1:
         raise InputError(f"batch_size must be at least 1, got {arguments['batch_size']}")
-    task = get_task(arguments["task"])
-    rows = load_splits(task, arguments["data"], seed=arguments["data_seed"], num_eval=arguments["num_eval"])
+    named = {name: arguments[name] for name in ("model", "task", "data", "dtype", "num_eval", "data_seed")}
+    work = make_workload(RunConfig(**named))
     model, tokenizer = load_model(arguments["model"], arguments["dtype"])
-    encoded = encode_rows(task, rows.test, tokenizer, context_length(model))
-    values = evaluate_split(model, task, encoded, tokenizer, arguments["batch_size"], progress=True)
+    encoded = work.encode("test", tokenizer, context_length(model))
+    values = work.evaluate(model, encoded, tokenizer, arguments["batch_size"], progress=True)
     print(json.dumps(values, indent=2))
     if arguments["output"]:
         write_json(Path(arguments["output"]), values)

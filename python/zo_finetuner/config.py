@@ -77,6 +77,7 @@ class RunConfig:
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
     resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
+    journal: bool = _option(True, "write every step to output_dir/journal.zoj, for `zo replay`")
     checkpoints: bool = _option(True, "keep the best and the last weights on disk; without, a run ends with its last")
     save_model: bool = _option(True, "write the weights to output_dir/model at the end")
 

@@ -77,8 +77,8 @@ def load_splits(
             f"using {train} train + {dev} dev",
             stacklevel=2,
         )
-    order = _permutation(available, seed)[: train + dev]
-    test_order = _permutation(len(rows["validation"]), seed)[:num_eval]
+    order = permutation(available, seed)[: train + dev]
+    test_order = permutation(len(rows["validation"]), seed)[:num_eval]
     return Splits(
         train=[rows["train"][i] for i in order[:train]],
         dev=[rows["train"][i] for i in order[train:]],
@@ -202,7 +202,7 @@ def _fit(available: int, num_train: int, num_dev: int) -> tuple[int, int]:
     return min(num_train, available - dev), dev
 
 
-def _permutation(count: int, seed: int) -> list[int]:
+def permutation(count: int, seed: int) -> list[int]:
     return np.random.RandomState(seed).permutation(count).tolist()
 
 

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.autocast import casts_not_kept
+from zo_finetuner.block_kinds import by_kind
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
 from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
+from zo_finetuner.recorder import Recorder
 from zo_finetuner.step_inputs import StepInputs
 from zo_finetuner.tangent import directional_derivative
 from zo_finetuner.update import guarded
@@ -40,6 +42,17 @@ LossFn = Callable[[], Tensor | float]
 LossOf = Callable[[Any], Tensor | float]
 
 
+class Given:
+    """In place of a loss function: the losses of a step that is repeated from a journal, in their order."""
+
+    def __init__(self, losses: Tensor):
+        self._losses, self._next = losses, 0
+
+    def take(self, count: int) -> Tensor:
+        self._next += count
+        return self._losses[self._next - count : self._next]
+
+
 class Engine:
     """Runs the steps of one method on one model.
 
@@ -48,6 +61,7 @@ class Engine:
     probing: "scratch" (weights never written by a probe), "paired" (scratch, both signs in one forward), "inplace"
         (fp32 weights, adapters), "auto" by dtype.
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
+    journal: where every step is written down (`journal.py`), None for nowhere.
 
     Raises InputError for eps that is not positive and finite, a method whose state does not fit or that cannot be
     probed so, and what `trainable_blocks` raises.
@@ -63,6 +77,7 @@ class Engine:
         probing: str = "auto",
         weight_decay: float = 0.0,
         blocks: Blocks | None = None,
+        journal: Recorder | None = None,
     ):
         require_positive("eps", eps, "; 1e-3 is usual")
         require_not_negative("weight_decay", weight_decay)
@@ -73,6 +88,7 @@ class Engine:
         self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
+        self.journal = journal
         self.step_count = 0
         self.device = self.blocks.device
         self.eps = torch.tensor(eps, dtype=torch.float32, device=self.device)
@@ -107,32 +123,39 @@ class Engine:
         """Before a step: checks, what was to be told of the step before, and the step's inputs."""
         self._require_unmoved()
         self._report_skips()
+        if self.journal is not None:
+            self.journal.before(self)
         self.inputs.fill(lr, self.seed, self.step_count)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
 
     @torch.no_grad()
     @casts_not_kept()
-    def compute(self, loss_fn: LossFn, captured: bool = False) -> Tensor:
+    def compute(self, loss_fn: LossFn | Given, captured: bool = False) -> Tensor:
         """What the device does in a step; returns its loss.  captured: into a CUDA graph, which has no step number."""
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
         before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
         finite = torch.ones((), dtype=torch.bool, device=self.device)
+        asked, told = [], []
         try:
             with phase("ask"):
                 request = self.method.ask(self._context(None if captured else self.step_count))
-            if self.step_count == 0:
+            if self.step_count == 0 and not isinstance(loss_fn, Given):
                 self._report_share(request)
             while not isinstance(request, Update):
                 losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
-                self.probing.rehearse(request, losses, loss_fn)
+                if not isinstance(loss_fn, Given):
+                    self.probing.rehearse(request, losses, loss_fn)
                 losses = torch.hstack(losses)
+                asked, told = [*asked, *request], [*told, losses]
                 finite = finite & torch.isfinite(losses).all()
                 with phase("tell"):
                     request = self.method.tell(losses)
             with phase("update"):
-                self._apply(request, finite, before)
+                update, decay = self._apply(request, finite, before)
+                if self.journal is not None:
+                    self.journal.take(self, asked, told, update, finite, decay)
                 loss = torch.where(finite, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
@@ -146,6 +169,8 @@ class Engine:
     @torch.no_grad()
     def end(self) -> None:
         """After a step: it is counted, and what the next one tells of it is sent without waiting."""
+        if self.journal is not None:
+            self.journal.after(self)
         self.step_count += 1
         self._skipped_copy.copy_(self.skipped, non_blocking=True)
 
@@ -164,8 +189,12 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn) -> Tensor:
+    def _evaluate(self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn | Given) -> Tensor:
         """A loss, 0-dim; of a `Slope` the loss and a derivative, (2,)."""
+        if isinstance(loss_fn, Given):
+            if isinstance(probe, Probe):
+                self.probing.pass_by(probe, following)
+            return loss_fn.take(2 if isinstance(probe, Slope) else 1)
         if isinstance(probe, Slope):
             with phase("forward"):
                 return directional_derivative(self.model, self.blocks, probe.direction, loss_fn)
@@ -173,8 +202,11 @@ class Engine:
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
-    def _apply(self, update: Update, finite: Tensor, before: dict[str, Tensor]) -> None:
-        """before: the method's memory as it was, which a step that is not finite gets back."""
+    def _apply(
+        self, update: Update, finite: Tensor, before: dict[str, Tensor]
+    ) -> tuple[Update, Tensor | None]:
+        """before: the method's memory as it was, which a step that is not finite gets back.  Returns what was applied:
+        the update and the decay."""
         update = guarded(update, finite)
         decay = torch.where(finite, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
         self.probing.apply(update, finite, decay, self.inputs.rounding)
@@ -183,6 +215,7 @@ class Engine:
         self.skipped += ~finite
         self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
         self.projected_grad.copy_(torch.where(finite, update.projected_grad, 0.0))
+        return update, decay
 
     def _report_skips(self) -> None:
         """A skipped step is told of at the next one, from a copy made without waiting."""
@@ -202,9 +235,12 @@ class Engine:
             logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)
 
     def metrics(self) -> dict[str, float]:
-        """The last step's numbers for a log (waits for the device)."""
+        """The last step's numbers for a log (waits for the device); scales as `sigma/KIND`, a number for every kind of
+        block (`block_kinds.KINDS`): the root mean square."""
         values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
-        return {name: float(value) for name, value in values.items()}
+        sigma = values.pop("sigma", None)
+        kinds = {} if sigma is None else by_kind(self.blocks.names, sigma.tolist())
+        return {name: float(value) for name, value in values.items()} | {f"sigma/{k}": v for k, v in kinds.items()}
 
     def flush(self) -> None:
         """Write what a method of low-rank directions has collected into the weights; a model that is called, saved or

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.encoding import (
+    IGNORED,
     MAX_NEW_TOKENS,
     Encoded,
     collate,
@@ -59,8 +60,7 @@ def evaluate_split(
     model.eval()
     try:
         if task.kind == "generation":
-            losses, counts = _option_sums(model, encodeds, pad_id, batch_size, progress)
-            loss = losses.sum() / counts.sum()
+            loss = mean_token_loss(model, encodeds, pad_id, batch_size, progress)
             texts = generate_answers(model, encodeds, tokenizer, batch_size, progress)
             metric = sum(f1(text, e.answers) for text, e in zip(texts, encodeds, strict=True)) / len(encodeds)
         else:
@@ -69,6 +69,20 @@ def evaluate_split(
     finally:
         model.train(was_training)
     return {"loss": float(loss), task.metric: metric, "n": len(encodeds)}
+
+
+@torch.no_grad()
+def mean_token_loss(
+    model: nn.Module, encodeds: Sequence[Encoded], pad_id: int, batch_size: int = 8, progress: bool = False
+) -> float:
+    """Mean negative log-probability of all target tokens of all candidates, every token counted once."""
+    was_training = model.training
+    model.eval()
+    try:
+        losses, counts = _option_sums(model, encodeds, pad_id, batch_size, progress)
+    finally:
+        model.train(was_training)
+    return float(losses.sum() / counts.sum())
 
 
 @torch.no_grad()
@@ -158,7 +172,7 @@ def _option_sums(
     """Summed negative log-probability and number of the option tokens, fp64 on the CPU, one entry per
     candidate of every row, in their order."""
     packed = can_pack(model)
-    options = [option for e in encodeds for option in zip(e.sequences, e.option_lengths, strict=True)]
+    options = [e.candidate(c) for e in encodeds for c in range(len(e.sequences))]
     groups = []  # of candidates that share a prompt, few enough for a batch
     first = 0
     for e in encodeds:
@@ -171,7 +185,8 @@ def _option_sums(
         chosen = [groups[k] for k in some]
         batch = _to(model, collate_options([[options[i] for i in group] for group in chosen], pad_id, packed=packed))
         losses[[i for group in chosen for i in group]] = option_losses(model, batch).double().sum(1).cpu()
-    return losses, torch.tensor([length for _, length in options], dtype=torch.float64)
+    counts = [sum(target != IGNORED for target in option) for _, option in options]
+    return losses, torch.tensor(counts, dtype=torch.float64)
 
 
 def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,5 +210,5 @@ def _batches(
     if progress:
         from tqdm.auto import tqdm
 
-        return tqdm(batches, desc="evaluate", leave=False)
+        return tqdm(batches, desc="evaluate", leave=False, disable=None)  # none where there is no terminal
     return batches

@@ -11,16 +11,19 @@ All micro-batches of a window are evaluated under one perturbation, so 8 x 1 equ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+from zo_finetuner.progress import Speed
+from zo_finetuner.recorder import Recorder
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
@@ -30,6 +33,7 @@ class ZOTrainerMixin:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
         TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
+        "journal": PATH every step is written down there (`zo replay` rebuilds the weights of any step from it).  With
         "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
         then runs twice for a shape and not again.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
@@ -41,6 +45,8 @@ class ZOTrainerMixin:
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self._speed = Speed()
+        self.add_callback(self._speed)
         if self.args.world_size * max(1, self.args.n_gpu) > 1:
             raise InputError("one process on one device for now: start without torchrun, set CUDA_VISIBLE_DEVICES=0")
 
@@ -53,6 +59,8 @@ class ZOTrainerMixin:
         if self.optimizer is None:
             batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             arguments = {"seed": self.args.seed, "batch_size": batch} | self._zo_arguments
+            if isinstance(arguments.get("journal"), str | os.PathLike):
+                arguments["journal"] = Recorder(arguments["journal"], schedule_of(self.args))
             self.optimizer = create_zo_optimizer(
                 self.model if model is None else model,
                 lr=self.args.learning_rate,
@@ -67,11 +75,14 @@ class ZOTrainerMixin:
         finally:
             if isinstance(self.zo_optimizer, ZOOptimizer):
                 self.zo_optimizer.engine.flush()
+                if self.zo_optimizer.engine.journal is not None:
+                    self.zo_optimizer.engine.journal.sync()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        self._speed.count(self._window)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -99,8 +110,16 @@ class ZOTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
-            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+            numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
+            logs |= {f"zo/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
+
+
+def schedule_of(args: TrainingArguments) -> dict[str, Any]:
+    """What a journal's header says of the order of the data and of the schedule."""
+    names = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+             "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps")  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": str(args.lr_scheduler_type.value)}
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

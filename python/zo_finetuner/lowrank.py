@@ -76,10 +76,7 @@ class LowRankProbing(ScratchProbing):
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
-        terms = [] if probe.direction is None else probe.terms
-        if not terms and self._modules:  # what is collected for their weights is seen in copies only
-            self.pending.merge()
-        self.pending.make_room(terms)
+        terms = self.pass_by(probe)
         factors = self.pending.factors(self._dtype, terms)
         self._factors = {f.matrix.block: f for f in factors}
         handles = []
@@ -98,6 +95,19 @@ class LowRankProbing(ScratchProbing):
                 parameter.data = own
             for handle in handles:
                 handle.remove()
+
+    def pass_by(self, probe: Probe, following: Probe | None = None) -> Terms:
+        """What a probe does to the weights: it may need a merge.  Returns its terms."""
+        terms = [] if probe.direction is None else probe.terms
+        if not terms and self._modules:  # what is collected for their weights is seen in copies only
+            self.pending.merge()
+        self.pending.make_room(terms)
+        return terms
+
+    @property
+    def merges(self) -> int:
+        """How often what was collected has been merged into the weights."""
+        return self.pending.merges
 
     def _swap_vectors(self, terms: Terms) -> None:
         if not self._swapped or not terms:

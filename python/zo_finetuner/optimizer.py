@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
+from zo_finetuner.recorder import Recorder
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -27,7 +29,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     method: an ask/tell method; default `MeZO()`.  lr: positive and finite; change it through `param_groups` or an LR
     scheduler.  graphs: whether steps of `evaluate_on` are repeated as CUDA graphs (`graphs.py`), or what captures them
-    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  Other arguments: see `Engine`.
+    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  journal: a file to write every step down
+    in, from which `replay` rebuilds the weights (`close()` sees it on the disk).  Other arguments: see `Engine`.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         probing: str = "auto",
         weight_decay: float = 0.0,
         graphs: bool | Capturer = False,
+        journal: str | os.PathLike | Recorder | None = None,
     ):
         require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
         blocks = trainable_blocks(model)
@@ -53,6 +57,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             probing=probing,
             weight_decay=weight_decay,
             blocks=blocks,
+            journal=Recorder(journal) if isinstance(journal, str | os.PathLike) else journal,
         )
         self.graphs = GraphedSteps(self.engine, None if graphs is True else graphs) if graphs else None
         self._stepped = False
@@ -82,6 +87,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._stepped = True
         return loss
 
+    def close(self) -> None:
+        """The journal's last steps on the disk; without a journal, nothing."""
+        if self.engine.journal is not None:
+            self.engine.journal.close()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """There are no gradients."""
 
@@ -104,6 +114,7 @@ def create_zo_optimizer(
     probing: str = "auto",
     weight_decay: float = 0.0,
     graphs: bool | Capturer = False,
+    journal: str | os.PathLike | Recorder | None = None,
     **arguments: Any,
 ) -> ZOOptimizer:
     """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own, or for
@@ -115,5 +126,6 @@ def create_zo_optimizer(
     usual = default_rates(optimizer if named else "mezo", adapter_kind(model))
     lr, eps = (own if given is None else given for given, own in zip((lr, eps), usual, strict=True))
     return ZOOptimizer(
-        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs
-    )
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs,
+        journal=journal,
+    )  # fmt: skip

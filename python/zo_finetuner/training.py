@@ -1,54 +1,52 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
+of all result.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
-from zo_finetuner.data import load_splits
-from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
+from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
-from zo_finetuner.evaluation import evaluate_split
 from zo_finetuner.files import make_folder, write_json, write_text
-from zo_finetuner.hf import ZOTrainerMixin
-from zo_finetuner.isolation import can_pack
+from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.loading import load_model
-from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
-from zo_finetuner.tasks import Task, get_task
-from zo_finetuner.tasks.templates import Row
+from zo_finetuner.progress import LogFile, Progress
+from zo_finetuner.recorder import Recorder
+from zo_finetuner.workload import SPLITS, Workload, make_workload
+
+JOURNAL = "journal.zoj"
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
-    """Evaluates a task's dev rows: eval_loss is the training objective, eval_<metric> accuracy or F1."""
+    """Evaluates dev rows as the workload does: eval_loss is what is minimised, eval_<metric> its metric."""
 
-    def __init__(self, *args: Any, task: Task, tokenizer: Any, **kwargs: Any):
+    def __init__(self, *args: Any, work: Workload, tokenizer: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._task, self._tokenizer = task, tokenizer
+        self._work, self._tokenizer = work, tokenizer
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
         examples = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
-        values = evaluate_split(self.model, self._task, examples, self._tokenizer, size)
+        values = self._work.evaluate(self.model, examples, self._tokenizer, size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if name != "n"}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -60,19 +58,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     config.check()
     out = Path(config.output_dir)
     checkpoint = _check_output(out, config)
-    task = get_task(config.task)
-    rows = load_splits(
-        task, config.data, seed=config.data_seed, num_train=config.num_train, num_dev=config.num_dev,
-        num_eval=config.num_eval,
-    )
+    work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
         config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
         adapter=config.make_adapter(), seed=config.seed,
     )
     graphs = use_graphs(config.graphs, model)
-    limit = min(config.max_length, context_length(model))
-    splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
+    limit = context_length(model, config.max_length)
+    splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
@@ -82,57 +76,58 @@ def train(config: RunConfig) -> dict[str, Any]:
     if config.overwrite and out.exists() and checkpoint is None:
         _remove_run(out)
     make_folder(out)
+    if checkpoint is None:
+        (out / JOURNAL).unlink(missing_ok=True)
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
-    measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=True)
+    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=True)
     before = _saved_before(out) if checkpoint else None
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
         write_json(out / "before.json", before)
-    _say("before", before, task)
+    _say("before", before, work.metric)
 
-    trainer = _trainer(config, out, model, tokenizer, task, splits, method, graphs)
+    trainer = _trainer(config, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
-    _say("after", after, task)
+    _say("after", after, work.metric)
 
     engine = trainer.zo_optimizer.engine
-    _write_log(out, trainer.state.log_history)
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
         "seconds": seconds,
-        "metric": task.metric,
+        "metric": work.metric,
         "eval_loss_before": before["loss"],
         "eval_loss_after": after["loss"],
-        "eval_metric_before": before[task.metric],
-        "eval_metric_after": after[task.metric],
+        "eval_metric_before": before[work.metric],
+        "eval_metric_after": after[work.metric],
         "eval_rows": after["n"],
-        "prior_loss": prior_loss(task, rows.train, rows.test),
+        "prior_loss": work.prior_loss(),
         "best_step": _best_step(trainer),
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
         "peak_bytes": {"evaluation": before.get("peak_bytes"), "training": training},
         "random_weights": config.random_weights,
         "seed": config.seed,
-        "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
+        "data": work.facts() | {"rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
     }
     if config.save_model:
         trainer.save_model(str(out / "model"))
         tokenizer.save_pretrained(str(out / "model"))
-    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{config.task}, dev rows")
+    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
 
 
 def _trainer(
-    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, task: Task, splits: dict[str, list[Encoded]],
+    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, work: Workload, splits: dict[str, list[Encoded]],
     method: Method, graphs: bool,
 ) -> TaskTrainer:
     every = config.eval_steps or max(1, config.steps // 5)
@@ -161,19 +156,27 @@ def _trainer(
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
+        disable_tqdm=True,  # `Progress` has the bar
         use_cpu=model.device.type == "cpu",
     )
-    return TaskTrainer(
+    trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["dev"],
-        data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model), few_shapes=graphs),
-        task=task,
+        data_collator=work.collator(model, tokenizer, few_shapes=bool(graphs)),
+        work=work,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
-        objective=training_loss,
+        zo={
+            "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
+            if config.journal else None,
+        },  # fmt: skip
+        objective=work.objective(tokenizer),
+        callbacks=[LogFile(out / "log.jsonl"), Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -183,17 +186,6 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     if choice == "always" and not can:
         raise InputError(f"graphs always: the model is on {', '.join(sorted(devices))}; CUDA graphs need one GPU")
     return can and choice != "never"
-
-
-def prior_loss(task: Task, train: list[Row], held_out: list[Row]) -> float | None:
-    """Loss of always answering the training prior: -mean log p(label), p from the training rows.  None where
-    candidates differ from row to row."""
-    if task.kind != "classification":
-        return None
-    counts = Counter(map(task.label, train))
-    classes = range(len(task.candidates(train[0])))
-    smoothed = {label: (counts[label] + 1e-9) / (len(train) + 1e-9 * len(classes)) for label in classes}
-    return -sum(math.log(smoothed[task.label(row)]) for row in held_out) / len(held_out)
 
 
 def _check_output(out: Path, config: RunConfig) -> str | None:
@@ -213,7 +205,7 @@ def _remove_run(out: Path) -> None:
     """Take away an earlier run's own files, and nothing else that lies in the folder."""
     for path in [*out.glob("checkpoint-*"), out / "model"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png"):
+    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL):
         (out / name).unlink(missing_ok=True)
 
 
@@ -238,10 +230,5 @@ def _best_step(trainer: Trainer) -> int | None:
     return int(path.rsplit("-", 1)[1]) if path else None
 
 
-def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-
-
-def _say(when: str, values: dict[str, float], task: Task) -> None:
-    print(f"{when}: loss {values['loss']:.4f}, {task.metric} {values[task.metric]:.3f} on {values['n']} test rows",
-          flush=True)
+def _say(when: str, values: dict[str, float], metric: str) -> None:
+    print(f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows", flush=True)

@@ -308,6 +308,27 @@ def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, s
         _finish(stats, partial, tables.blocks)
 
 
+def replay_(
+    blocks: Blocks,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    passes: Sequence[int],
+    decays: Tensor | None,
+    rounding_seeds: Tensor | None,
+    stochastic: Sequence[bool],
+    dist: str,
+) -> None:
+    first = 0
+    for p, count in enumerate(passes):
+        these = slice(first, first + count)
+        first += count
+        axpy_(
+            blocks, seeds[these], coefs[these], scale[these] if scale is not None and scale.dim() == 2 else scale,
+            None if decays is None else decays[p], rounding_seeds[p] if stochastic[p] else None, dist, None,
+        )  # fmt: skip
+
+
 def update_state_(
     blocks: Blocks,
     rule: str,
