@@ -52,6 +52,14 @@ def form(tensor: Tensor) -> str:
     return kind.__name__ if packed else ""
 
 
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a packed one is made of; a plain one itself."""
+    if not form(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [part for one in inner if isinstance(one, Tensor) for part in parts(one)]
+
+
 def quantised_tensor(model: nn.Module) -> tuple[str, str] | None:
     """(name, form) of the first quantised parameter; None where there is none."""
     return next(((name, form(p)) for name, p in model.named_parameters() if form(p)), None)
