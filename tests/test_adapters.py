@@ -273,10 +273,24 @@ def test_adapters_that_cannot_be(settings, message):
     assert message in str(error.value)
 
 
-def test_a_saved_adapter_without_a_base(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
+def test_saved_adapters_that_cannot_be_loaded(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{}")
     with pytest.raises(InputError, match="names no base_model_name_or_path"):
         adapter_base(str(tmp_path))
+    config.write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(InputError, match="an adapter too"):
+        adapter_base(str(tmp_path))
+    with pytest.raises(InputError, match="no such file; save the adapter"):
+        load_adapter(tiny("llama"), str(tmp_path))
+    adapted("lora").save_pretrained(tmp_path)
+    wider = make("Llama", hidden_size=64)
+    with pytest.raises(InputError, match="the adapter does not go onto its base"):
+        load_adapter(wider, str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="adapter_model.safetensors"):
+        load_adapter(tiny("llama"), str(tmp_path))
 
 
 # --- the command line

@@ -11,7 +11,6 @@ shape, no cache) is refused: the model is asked.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.optim.create import PRESETS
+from zo_finetuner.reading import read_object, shown
+from zo_finetuner.tensor_files import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,11 @@ def adapter_base(source: str) -> str | None:
     file = Path(source) / "adapter_config.json"
     if not file.is_file() or (Path(source) / "config.json").is_file():
         return None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+    base = read_object(file, "save the adapter again").get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise InputError(f"{file}: names no base_model_name_or_path; write the base model's folder or Hub id there")
+    if (Path(base) / "adapter_config.json").is_file():
+        raise InputError(f"{file}: names as its base {shown(base)}, an adapter too; merge that one into its base first")
     return base
 
 
@@ -151,6 +151,10 @@ def load_adapter(model: nn.Module, folder: str) -> nn.Module:
         import peft
     except ImportError:
         raise InputError(f"model {folder}: is an adapter, but peft is not installed: pip install peft") from None
+    weights = Path(folder) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{weights}: no such file; save the adapter with save_pretrained()")
+    read_header(weights)
     try:
         config = peft.PeftConfig.from_pretrained(folder)
         if not config.is_prompt_learning:

@@ -2,15 +2,15 @@
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
 config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
-of all result.json.
+of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from zo_finetuner.agreement import agreed, data_facts, digest, exchange, model_facts, require_same
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
-from zo_finetuner.files import make_folder, write_json, write_text
+from zo_finetuner.files import whole_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
+from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
+from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
-
-JOURNAL = "journal.zoj"
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
@@ -53,18 +54,33 @@ class TaskTrainer(ZOTrainerMixin, Trainer):
         return metrics
 
 
+@agreed()
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
+    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written.
+
+    Several processes run it together, the first of them writes."""
     config.check()
-    out = Path(config.output_dir)
-    checkpoint = _check_output(out, config)
+    data_ranks = Ranks(config.probe_ranks).data if joined() else 1
+    shape = divided(config.batch_size, config.grad_accum, data_ranks)
+    folder = RunFolder(Path(config.output_dir), config.resume, config.overwrite) if leads() else nullcontext()
+    with folder as held:
+        return _train(config, shape, held)
+
+
+def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) -> dict[str, Any]:
+    """shape: rows in a micro-batch and micro-batches in a window, of this process; folder: None unless it leads."""
+    out, checkpoint = Path(config.output_dir), None
+    if folder is not None:
+        folder.require_same(dataclasses.asdict(config))
+        checkpoint = folder.last_checkpoint()
+    checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
         config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
         adapter=config.make_adapter(), seed=config.seed,
     )
-    graphs = use_graphs(config.graphs, model)
+    graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
@@ -73,26 +89,30 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     require_goes(config.probing, method)
 
-    if config.overwrite and out.exists() and checkpoint is None:
-        _remove_run(out)
-    make_folder(out)
-    if checkpoint is None:
-        (out / JOURNAL).unlink(missing_ok=True)
-    write_text(out / "config.yaml", config.to_yaml())
-    print(config.to_yaml(), end="", flush=True)
+    settings = {"settings of the run": digest(dataclasses.asdict(config))}
+    require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
+    if folder is not None:
+        folder.open()
+        if checkpoint is None:
+            (out / JOURNAL).unlink(missing_ok=True)
+        write_text(out / "config.yaml", config.to_yaml())
+        print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
-    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=True)
-    before = _saved_before(out) if checkpoint else None
+    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
+    before = exchange(_saved_before(out) if checkpoint else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
-        write_json(out / "before.json", before)
+        if leads():
+            write_json(out / "before.json", before)
     _say("before", before, work.metric)
 
-    trainer = _trainer(config, out, model, tokenizer, work, splits, method, graphs)
+    trainer = _trainer(config, shape, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
     _say("after", after, work.metric)
@@ -118,25 +138,30 @@ def train(config: RunConfig) -> dict[str, Any]:
         "data": work.facts() | {"rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
     }
+    if engine.ranks is not None:
+        result["ranks"] = engine.ranks.traffic()
+    if not leads():
+        return result
     if config.save_model:
-        trainer.save_model(str(out / "model"))
-        tokenizer.save_pretrained(str(out / "model"))
+        with whole_folder(out / "model") as saved:
+            trainer.save_model(str(saved))
+            tokenizer.save_pretrained(str(saved))
     draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
 
 
 def _trainer(
-    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, work: Workload, splits: dict[str, list[Encoded]],
-    method: Method, graphs: bool,
+    config: RunConfig, shape: tuple[int, int], out: Path, model: nn.Module, tokenizer: Any, work: Workload,
+    splits: dict[str, list[Encoded]], method: Method, graphs: bool,
 ) -> TaskTrainer:
     every = config.eval_steps or max(1, config.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=shape[0],
         per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=shape[1],
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
@@ -169,8 +194,9 @@ def _trainer(
         tokenizer=tokenizer,
         zo={
             "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "limits": config.limits(), "probe_ranks": config.probe_ranks,
             "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
-            if config.journal else None,
+            if config.journal and leads() else None,
         },  # fmt: skip
         objective=work.objective(tokenizer),
         callbacks=[LogFile(out / "log.jsonl"), Progress()],
@@ -186,27 +212,6 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     if choice == "always" and not can:
         raise InputError(f"graphs always: the model is on {', '.join(sorted(devices))}; CUDA graphs need one GPU")
     return can and choice != "never"
-
-
-def _check_output(out: Path, config: RunConfig) -> str | None:
-    """The checkpoint to resume from, if any.  Raises InputError rather than touch an earlier run."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output_dir {out}: is a file")
-    held = out.is_dir() and any((out / name).exists() for name in ("config.yaml", "result.json"))
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if config.resume:
-        return checkpoint
-    if (held or checkpoint) and not config.overwrite:
-        raise InputError(f"output_dir {out}: holds a run; choose another, or give --resume or --overwrite")
-    return None
-
-
-def _remove_run(out: Path) -> None:
-    """Take away an earlier run's own files, and nothing else that lies in the folder."""
-    for path in [*out.glob("checkpoint-*"), out / "model"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL):
-        (out / name).unlink(missing_ok=True)
 
 
 def _saved_before(out: Path) -> dict[str, float] | None:
@@ -231,4 +236,6 @@ def _best_step(trainer: Trainer) -> int | None:
 
 
 def _say(when: str, values: dict[str, float], metric: str) -> None:
-    print(f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows", flush=True)
+    if leads():
+        said = f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows"
+        print(said, flush=True)
