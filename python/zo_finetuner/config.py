@@ -35,8 +35,20 @@ class RunConfig:
     """Settings of `zo train`.  A flag is the field's name with dashes; a YAML key is the field's name."""
 
     model: str = _option("", "folder of a Hugging Face model, or a Hub id")
-    task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop")
-    data: str | None = _option(None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's")
+    task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop; without: rows of your own")
+    data: str | None = _option(
+        None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's. Without a task: rows of "
+        "text, of prompt and completion, or of messages, in a .jsonl, .json, .csv or .parquet file, a folder of such "
+        "splits, or a Hub dataset"
+    )
+    columns: dict = _option({}, "a column of your data by another name, NAME=COLUMN, as prompt=question; repeat it")
+    dev_data: str | None = _option(None, "dev rows of your own (default: held out of --data)")
+    test_data: str | None = _option(None, "test rows of your own (default: held out of --data)")
+    objective: str | None = _option(
+        None, "an objective of your own instead of the loss, FILE.py:NAME or MODULE:NAME: (model, batch) or (model, "
+        "tokenizer, batch) -> a number, which is minimised"
+    )
+    maximize: bool = _option(False, "more is better: maximise the objective of your own")
     output_dir: str = _option("", "where the run goes")
     optimizer: str = _option("mezo", " or ".join(METHODS))
     set: dict = _option({}, "a setting of the optimizer, NAME=VALUE; as often as needed (YAML: set: {name: value})")
@@ -90,9 +102,11 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise InputError for the first setting that cannot work.  Rates that are not given become the optimizer's."""
-        for name in ("model", "task", "output_dir"):
+        for name in ("model", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
+        self.check_data(self.data)
+        self.check_objective()
         check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)
         if self.lora_rank and not self.adapter:
             self.adapter = "lora"
@@ -131,6 +145,30 @@ class RunConfig:
                 raise InputError(f"{name} is given, but no adapter: add --adapter {' or '.join(ADAPTERS)}")
         return None
 
+    def check_objective(self) -> None:
+        """Raise InputError for what does not go with an objective of one's own, which is a number from the host."""
+        if self.maximize and not self.objective:
+            raise InputError("maximize is for an objective of your own: give --objective, or leave it out")
+        if not self.objective:
+            return
+        if self.graphs == "always":
+            raise InputError("graphs always: an objective of your own runs on the host, which no CUDA graph repeats")
+        if self.probing == "paired":
+            raise InputError("probing paired makes one model call for both signs; an objective of your own may call "
+                             "the model as it likes: use --probing scratch or inplace")
+        if self.optimizer == "forward-grad" or self.set.get("estimator") == "slope":
+            raise InputError("an exact derivative needs a loss made of differentiable operators; with an objective of "
+                             "your own use a method that compares values, such as mezo or es")
+        self.graphs = "never"
+
+    def check_data(self, needed: str | None) -> None:
+        """Raise InputError where it is not said what the rows are.  needed: a source of one's own, without a task."""
+        if not (self.task or needed):
+            raise InputError("task is missing: give --task, or --data with rows of your own")
+        given = [name for name in ("columns", "dev_data", "test_data") if getattr(self, name)]
+        if self.task and given:
+            raise InputError(f"{given[0]} is for rows of your own, task {self.task} has its own: leave one of them out")
+
     def limits(self) -> Limits:
         return Limits(self.clip, self.explosion, self.max_skipped)
 
@@ -165,8 +203,9 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
         if key not in kinds:
             raise InputError(f'{path}: unknown key "{shown(key)}"{nearest(str(key)[:80], kinds)}')
     settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
-    if "set" in flags:
-        settings["set"] = settings.get("set", {}) | parse_settings(flags.pop("set"))
+    for name in ("set", "columns"):
+        if name in flags:
+            settings[name] = settings.get(name, {}) | parse_settings(flags.pop(name), f"--{name}")
     settings |= {k: _convert(v, kinds[k], f"--{k.replace('_', '-')}") for k, v in flags.items()}
     config = RunConfig(**settings)
     try:
@@ -180,11 +219,11 @@ def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> 
     parser.add_argument(flag, action="append", default=argparse.SUPPRESS, metavar="NAME=VALUE", help=text)
 
 
-def parse_settings(texts: list[str]) -> dict[str, str]:
+def parse_settings(texts: list[str], flag: str = "--set") -> dict[str, str]:
     """["beta=0.9", ...] -> {"beta": "0.9", ...}; the last of a name counts.  Raises InputError."""
     for text in texts:
         if not text.partition("=")[0] or "=" not in text:
-            raise InputError(f"--set takes NAME=VALUE, got {text!r}")
+            raise InputError(f"{flag} takes NAME=VALUE, got {text!r}")
     return dict(text.split("=", 1) for text in texts)
 
 

@@ -6,8 +6,9 @@ results do not depend on the order of the rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from zo_finetuner.tasks.templates import Row
 from zo_finetuner.virtual_tokens import virtual_tokens
 
 
-@torch.no_grad()
 def evaluate_split(
     model: nn.Module,
     task: Task,
@@ -56,9 +56,7 @@ def evaluate_split(
     else:
         encodeds = encode_rows(task, examples, tokenizer, context_length(model))
     pad_id = pad_token(tokenizer)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if task.kind == "generation":
             loss = mean_token_loss(model, encodeds, pad_id, batch_size, progress)
             texts = generate_answers(model, encodeds, tokenizer, batch_size, progress)
@@ -66,22 +64,27 @@ def evaluate_split(
         else:
             loss, predictions = _choose(model, task, encodeds, pad_id, batch_size, progress)
             metric = accuracy(predictions, [e.labels for e in encodeds])
-    finally:
-        model.train(was_training)
     return {"loss": float(loss), task.metric: metric, "n": len(encodeds)}
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is in eval mode and makes no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def mean_token_loss(
     model: nn.Module, encodeds: Sequence[Encoded], pad_id: int, batch_size: int = 8, progress: bool = False
 ) -> float:
     """Mean negative log-probability of all target tokens of all candidates, every token counted once."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         losses, counts = _option_sums(model, encodeds, pad_id, batch_size, progress)
-    finally:
-        model.train(was_training)
     return float(losses.sum() / counts.sum())
 
 
@@ -101,8 +104,8 @@ def generate_answers(
     lengths = [len(e.prompt) for e in encodeds]
     # PEFT puts virtual tokens before the padding, where a prompt's distance to them would depend on its batch.
     padded = not virtual_tokens(model).count
-    for rows in _batches(lengths, [1] * len(encodeds), batch_size, progress, padded):
-        inputs = _to(model, pad_left([encodeds[i].prompt for i in rows], pad_id, 8 if padded else 1))
+    for rows in batches(lengths, [1] * len(encodeds), batch_size, progress, padded):
+        inputs = to_device(model, pad_left([encodeds[i].prompt for i in rows], pad_id, 8 if padded else 1))
         length = inputs["input_ids"].shape[1]
         if padded:
             continued = _generate(model, inputs, pad_id, sorted(newlines | eos))[:, length:]
@@ -150,8 +153,8 @@ def _choose(
     packed = can_pack(model)
     if task.kind == "classification" and all(e.shares_prompt for e in encodeds):
         scores = [torch.empty(0)] * len(encodeds)
-        for rows in _batches([len(e.sequences[0]) for e in encodeds], [1] * len(encodeds), batch_size, progress):
-            batch = _to(model, collate([encodeds[i] for i in rows], pad_id, packed=packed))
+        for rows in batches([len(e.sequences[0]) for e in encodeds], [1] * len(encodeds), batch_size, progress):
+            batch = to_device(model, collate([encodeds[i] for i in rows], pad_id, packed=packed))
             for i, row_scores in zip(rows, candidate_scores(model, batch).double().cpu(), strict=True):
                 scores[i] = row_scores[: sizes[i]]
     else:
@@ -181,34 +184,36 @@ def _option_sums(
         first = end
     losses = torch.zeros(len(options), dtype=torch.float64)
     longest = [max(len(options[i][0]) for i in group) for group in groups]
-    for some in _batches(longest, list(map(len, groups)), batch_size, progress):
+    for some in batches(longest, list(map(len, groups)), batch_size, progress):
         chosen = [groups[k] for k in some]
-        batch = _to(model, collate_options([[options[i] for i in group] for group in chosen], pad_id, packed=packed))
+        batch = collate_options([[options[i] for i in group] for group in chosen], pad_id, packed=packed)
+        batch = to_device(model, batch)
         losses[[i for group in chosen for i in group]] = option_losses(model, batch).double().sum(1).cpu()
     counts = [sum(target != IGNORED for target in option) for _, option in options]
     return losses, torch.tensor(counts, dtype=torch.float64)
 
 
-def _to(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_device(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors where the model's are."""
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _batches(
+def batches(
     lengths: list[int], sizes: list[int], batch_size: int, progress: bool, padded: bool = True
 ) -> Iterable[list[int]]:
     """Numbers of items, longest first, in batches of up to batch_size by the sum of their sizes; of one length where
     they are not to be padded."""
-    batches: list[list[int]] = []
+    made: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if sizes[i] > room or not (padded or lengths[i] == lengths[batches[-1][-1]]):
-            batches.append([])
+        if sizes[i] > room or not (padded or lengths[i] == lengths[made[-1][-1]]):
+            made.append([])
             room = batch_size
-        batches[-1].append(i)
+        made[-1].append(i)
         room -= sizes[i]
     if progress:
         from tqdm.auto import tqdm
 
-        return tqdm(batches, desc="evaluate", leave=False, disable=None)  # none where there is no terminal
-    return batches
+        return tqdm(made, desc="evaluate", leave=False, disable=None)  # none where there is no terminal
+    return made

@@ -88,6 +88,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method)
+    work.rehearse(model, splits["train"][: config.batch_size], tokenizer)
 
     settings = {"settings of the run": digest(dataclasses.asdict(config))}
     require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
