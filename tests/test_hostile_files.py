@@ -23,6 +23,7 @@ from zo_finetuner.optim import make_method
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn, save_pertnn
 from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_lines
 from zo_finetuner.scale_net import ScaleNet
+from zo_finetuner.training import _saved_before
 
 #: A file of every reader in `fuzzed.READERS`.
 FILES = {
@@ -344,3 +345,21 @@ def test_one_line_and_exit_code_2_and_nothing_is_written(base, tmp_path, monkeyp
     lines = [line for line in err.splitlines() if not line.startswith("zo: warning: ")]  # of few rows
     assert out == "" and len(lines) == 1 and lines[0].startswith("zo: error: ")
     assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", ("holds a list, not a JSON object",)),
+        ('{"loss": "1.5"}', ('"loss" is 1.5, not a number',)),
+        ('{"loss": 1.5, "accuracy": null, "n": 3}', ('"accuracy" is None, not a number',)),
+        ('{"loss": 1.5, "loss": 2.5}', ('key "loss" stands twice',)),
+    ],
+)
+def test_what_was_measured_before_is_measured_again(tmp_path, text, words):
+    assert _saved_before(tmp_path, "accuracy") is None
+    path = tmp_path / "before.json"
+    path.write_text(text)
+    refused(lambda: _saved_before(tmp_path, "accuracy"), f"{path}: ", *words, "remove the file, and it is measured")
+    path.write_text('{"loss": NaN, "accuracy": 0.5, "n": 3}')
+    assert _saved_before(tmp_path, "accuracy")["n"] == 3
