@@ -45,6 +45,7 @@ class RunConfig:
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
+    probe_ranks: int = _option(1, "of several processes so many share the probes of a step, the others its rows")
     lr: float | None = _option(None, "learning rate; default: the optimizer's own, MeZO's is 1e-6")
     eps: float | None = _option(None, "size of the perturbation; default: the optimizer's own, mostly 1e-3")
     seed: int = _option(0, "seed of the directions and of the order of the rows")
@@ -89,7 +90,8 @@ class RunConfig:
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
         self.limits()
-        for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
+        for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length",
+                     "probe_ranks"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_steps", "warmup_steps", "lora_rank"):
