@@ -79,6 +79,11 @@ class ZOTrainerMixin(WholeCheckpoints):
                 if self.zo_optimizer.engine.journal is not None:
                     self.zo_optimizer.engine.journal.sync()
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.zo_optimizer.engine.journal is not None:  # it must not lack a step that the checkpoint has
+            self.zo_optimizer.engine.journal.sync()
+        super()._save_checkpoint(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:

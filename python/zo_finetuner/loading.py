@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16, random_weights: bool = False
+    source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16, random_weights: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
-    Hub id.
+    """(model in eval mode, tokenizer) on the device, by default the GPU, else the CPU.  source: a local folder in
+    Hugging Face format, or a Hub id.
 
     dtype: "auto" keeps the checkpoint's.  lora_rank > 0 wraps the model in a PEFT LoRA adapter, whose weights alone
     are trained.  random_weights: see `random_model`; the folder needs a config and a tokenizer only.
@@ -37,7 +38,9 @@ def load_model(
 
     if _is_local(source):
         check_folder(Path(source), weights=not random_weights)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device is None:
+        gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -22,8 +22,8 @@ from zo_finetuner.files import make_folder
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.zoj"
-OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL)
+JOURNAL, LOG = "journal.zoj", "log.jsonl"
+OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", JOURNAL, LOG)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs"}
 
@@ -69,7 +69,7 @@ class RunFolder:
         if not self.path.exists():
             return
         self._take_lock()
-        held = any((self.path / name).exists() for name in ("config.yaml", "result.json"))
+        held = any((self.path / name).exists() for name in ("config.yaml", "result.json", JOURNAL))
         if (held or checkpoints(self.path)) and not (self.resume or self.overwrite):
             raise InputError(f"output_dir {self.path}: holds a run; choose another, or give --resume or --overwrite")
 

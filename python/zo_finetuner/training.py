@@ -27,14 +27,17 @@ from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
+from zo_finetuner.positions import Position, ResumesFromJournal, best_of, take_best, why_not
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.recorder import Recorder
-from zo_finetuner.run_folder import JOURNAL, RunFolder
+from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
+CPU = torch.device("cpu")
 
-class TaskTrainer(ZOTrainerMixin, Trainer):
+
+class TaskTrainer(ResumesFromJournal, ZOTrainerMixin, Trainer):
     """Evaluates dev rows as the workload does: eval_loss is what is minimised, eval_<metric> its metric."""
 
     def __init__(self, *args: Any, work: Workload, tokenizer: Any, **kwargs: Any):
@@ -61,7 +64,6 @@ def train(config: RunConfig) -> dict[str, Any]:
 def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     out = folder.path
     folder.require_same(dataclasses.asdict(config))
-    checkpoint = folder.last_checkpoint()
     work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
@@ -77,15 +79,21 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     )
     require_goes(config.probing, method)
 
+    journalled, position, checkpoint = not why_not(config, model), None, None
+    if not journalled:
+        checkpoint = folder.last_checkpoint()
+    elif config.resume:
+        position = Position.of(out / JOURNAL, out / LOG, config.steps, evaluates_every(config))
+
     folder.open()
-    if checkpoint is None:
+    if checkpoint is None and position is None:
         (out / JOURNAL).unlink(missing_ok=True)
     write_text(out / "config.yaml", config.to_yaml())
     print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
     measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=True)
-    before = _saved_before(out) if checkpoint else None
+    before = _saved_before(out) if checkpoint or position else None
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
@@ -94,10 +102,18 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
     trainer = _trainer(config, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
-    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+    kept = "journal" if journalled else "checkpoint" if config.checkpoints else ""
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", kept) as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if position is None:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:
+            trainer.resume(position)
     seconds, training = time.perf_counter() - started, _peak_bytes()
+    history = trainer.state.log_history
+    if journalled and config.checkpoints:
+        take_best(model, out / JOURNAL, history, lambda: load_model(config.model, config.dtype, device=CPU)[0])
+    best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
 
@@ -113,7 +129,7 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "eval_metric_after": after[work.metric],
         "eval_rows": after["n"],
         "prior_loss": work.prior_loss(),
-        "best_step": _best_step(trainer),
+        "best_step": best and best["step"],
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
         "peak_bytes": {"evaluation": before.get("peak_bytes"), "training": training},
@@ -126,7 +142,7 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         with whole_folder(out / "model") as saved:
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(str(saved))
-    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
+    draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
 
@@ -135,7 +151,8 @@ def _trainer(
     config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, work: Workload, splits: dict[str, list[Encoded]],
     method: Method, graphs: bool,
 ) -> TaskTrainer:
-    every = config.eval_steps or max(1, config.steps // 5)
+    every = evaluates_every(config)
+    checkpoints = config.checkpoints and bool(why_not(config, model))
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
@@ -148,10 +165,10 @@ def _trainer(
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps" if config.checkpoints else "no",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=every,
         save_total_limit=1,
-        load_best_model_at_end=config.checkpoints,
+        load_best_model_at_end=checkpoints,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=config.logging_steps,
@@ -179,10 +196,14 @@ def _trainer(
             if config.journal else None,
         },  # fmt: skip
         objective=work.objective(tokenizer),
-        callbacks=[LogFile(out / "log.jsonl"), Progress()],
+        callbacks=[LogFile(out / LOG), Progress()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def evaluates_every(config: RunConfig) -> int:
+    return config.eval_steps or max(1, config.steps // 5)
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -208,11 +229,6 @@ def _peak_bytes() -> int | None:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return peak
-
-
-def _best_step(trainer: Trainer) -> int | None:
-    path = trainer.state.best_model_checkpoint
-    return int(path.rsplit("-", 1)[1]) if path else None
 
 
 def _say(when: str, values: dict[str, float], metric: str) -> None:
