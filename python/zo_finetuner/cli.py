@@ -15,24 +15,29 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import InputError, RunStopped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0, or 2 for bad input, or 130 after Ctrl-C)."""
+    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C)."""
     arguments = vars(_parser().parse_args(argv))
     run = arguments.pop("run")
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
-    logging.getLogger("zo_finetuner").setLevel(logging.INFO)
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks for all
+    logging.getLogger("zo_finetuner").setLevel(logging.INFO if leads else logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
-    warnings.showwarning = _one_line
+    warnings.showwarning = _one_line if leads else lambda *_: None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()
     try:
         run(arguments)
     except InputError as error:
-        print(f"zo: error: {error}", file=sys.stderr)
+        if leads:
+            print(f"zo: error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as error:
+        print(f"zo: stopped: {error}; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
@@ -112,16 +117,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.agreement import agreed
     from zo_finetuner.config import resolve
+    from zo_finetuner.ranks import join, leads, leave
 
     arguments.pop("verb")
-    config = resolve(arguments)
+    join()
+    with agreed():
+        config = resolve(arguments)
     from zo_finetuner.training import train
 
     result = train(config)
+    if not leads():
+        return leave()
     print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
           f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
           f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+    leave()
 
 
 def _eval(arguments: dict[str, Any]) -> None:

@@ -20,14 +20,15 @@ class Interrupted(KeyboardInterrupt):
 class StopAfterStep(TrainerCallback):
     """`with StopAfterStep(how, kept) as stop:` around a training that has it among its callbacks.  Raises Interrupted
     when the step is finished and kept.  how: the command that goes on.  kept: "checkpoint", which is written first (and
-    an evaluation that is due is made), "journal", which has the step already, or "" for a run that keeps nothing."""
+    an evaluation that is due is made), "journal", which has the step already, or "" for a run that keeps nothing.
+    listen: not where several processes train together, which would stop at different steps and wait for each other."""
 
-    def __init__(self, how: str, kept: str):
-        self.how, self.kept, self.asked = how, kept, False
+    def __init__(self, how: str, kept: str, listen: bool = True):
+        self.how, self.kept, self.asked, self._listens = how, kept, False, listen
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopAfterStep:
-        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+        if self._listens and threading.current_thread() is threading.main_thread():  # Python's rule for handlers
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy
 
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.reading import decode, open_file, parse_json
 
 MAGIC = b"ZOJOURNL"
 FORMAT_VERSION = 1
@@ -148,19 +149,13 @@ class Journal:
 def read_journal(path: str | os.PathLike) -> Journal:
     """Header and records, all checked.  Raises InputError naming the file, and the key or the record and its byte."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: is larger than {MOST_BYTES} bytes: that is no journal")
-        with path.open("rb") as stream:
+        with open_file(path, MOST_BYTES) as stream:
             header = _read_header(path, stream)
             start = stream.tell()
             body = stream.read()
     except MemoryError:
         raise InputError(f"{path}: does not fit in memory") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     size = header.record.size
     count = len(body) // size
     good = _good_records(body, size, count)
@@ -207,11 +202,8 @@ def _read_header(path: Path, stream: Any) -> Header:
         raise InputError(f"{path}: ends inside its header: the run stopped before its first step was journalled")
     if zlib.crc32(prefix + text) != int.from_bytes(checksum, "little"):
         raise InputError(f"{path}: its header is damaged (checksum)")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its header is not JSON ({error})") from None
-    return _checked(path, values)
+    place = f"{path}: its header"
+    return _checked(path, parse_json(decode(text, place), place, "it was not written by zo-finetuner"))
 
 
 def _checked(path: Path, values: Any) -> Header:
@@ -221,7 +213,7 @@ def _checked(path: Path, values: Any) -> Header:
         raise InputError(f"{path}: its header is a {type(values).__name__}, not a dictionary")
     for key in values:
         if key not in known:
-            raise InputError(f"{path}: unknown key {key[:80]!a} in its header{nearest(key, known)}")
+            raise InputError(f"{path}: unknown key {key[:80]!a} in its header{nearest(key[:80], known)}")
     for key, entry in known.items():
         if key not in values and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise InputError(f'{path}: its header has no "{key}"')

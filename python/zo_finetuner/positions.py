@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerState
 
 from zo_finetuner.config import RunConfig
 from zo_finetuner.journal import PREFIX, Journal, read_journal
+from zo_finetuner.ranks import joined
 from zo_finetuner.replay import differences, matching_blocks, replay, rerun
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def why_not(config: RunConfig, model: nn.Module) -> str:
         return "it has no journal"
     if hasattr(model, "peft_config"):
         return "an adapter's checkpoint is small, and its first weights are drawn"
+    if joined():
+        return "only the first of several processes writes it"
     if config.random_weights:
         return "its first weights are drawn on the device"
     if config.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
