@@ -23,6 +23,8 @@ from zo_finetuner.journal import read_journal
 from zo_finetuner.replay import replay
 from zo_finetuner.training import TaskTrainer
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 CASES = {
     "mezo in place": (torch.float32, dict(optimizer="mezo", lr_scheduler="cosine")),
     "mezo bf16": (torch.bfloat16, dict(optimizer="mezo", weight_decay=0.1)),

@@ -21,6 +21,8 @@ from zo_finetuner.positions import Position, best_of, read_log, why_not
 from zo_finetuner.replay import replay
 from zo_finetuner.training import TaskTrainer
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -25,6 +25,8 @@ from zo_finetuner.journal import read_journal
 from zo_finetuner.run_folder import RunFolder
 from zo_finetuner.training import TaskTrainer
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
 from zo_finetuner.config import RunConfig
@@ -114,8 +115,12 @@ class ResumesFromJournal:
             self.position.take(self.zo_optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self.position is None:  # steps draw from no generator
-            super()._load_rng_state(checkpoint)
+        if self.position is None:
+            return super()._load_rng_state(checkpoint)
+        accumulated = self.args.gradient_accumulation_steps
+        steps = max(1, -(-len(self.get_train_dataloader()) // accumulated))
+        for _ in range(self.position.step // steps):  # steps draw nothing, a loader one number at every epoch
+            iter(DataLoader([None]))
 
     def resume(self, position: Position) -> None:
         """Train from a position to the end."""
