@@ -77,13 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(verb("train", _train, "fine-tune a model on a task"))
     add_commands(verbs)
 
-    evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows")
+    evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows, or on rows of your own")
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")
-    evaluate.add_argument("--task", required=True)
-    evaluate.add_argument("--data", help="folder with train.jsonl and validation.jsonl, or a Hub dataset")
+    evaluate.add_argument("--task", default="", help="without one, --data or --test-data are rows of your own")
+    evaluate.add_argument("--data", help="as for zo train: the test rows that it would hold out are evaluated")
+    evaluate.add_argument("--test-data", help="rows of your own to evaluate, all of them")
+    add_settings_flag(evaluate, "--columns", "a column of your data by another name, NAME=COLUMN; repeat it")
+    evaluate.add_argument("--objective", help="measure by an objective of your own, FILE.py:NAME or MODULE:NAME")
+    evaluate.add_argument("--maximize", action="store_true", help="it is one of which more is better")
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES)
     evaluate.add_argument("--batch-size", type=int, default=32)
-    evaluate.add_argument("--num-eval", type=int, help="validation rows; default: the protocol's")
+    evaluate.add_argument("--num-eval", type=int, help="test rows; default: the protocol's, or all of your own")
+    evaluate.add_argument("--max-length", type=int, default=2048)
     evaluate.add_argument("--data-seed", type=int, default=0)
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
 
@@ -136,8 +141,11 @@ def _train(arguments: dict[str, Any]) -> None:
     leave()
 
 
+EVALUATED = ("task", "data", "test_data", "objective", "maximize", "num_eval", "data_seed")
+
+
 def _eval(arguments: dict[str, Any]) -> None:
-    from zo_finetuner.config import RunConfig
+    from zo_finetuner.config import RunConfig, parse_settings
     from zo_finetuner.encoding import context_length
     from zo_finetuner.files import write_json
     from zo_finetuner.loading import load_model
@@ -145,10 +153,14 @@ def _eval(arguments: dict[str, Any]) -> None:
 
     if arguments["batch_size"] < 1:
         raise InputError(f"batch_size must be at least 1, got {arguments['batch_size']}")
-    named = {name: arguments[name] for name in ("model", "task", "data", "dtype", "num_eval", "data_seed")}
-    work = make_workload(RunConfig(**named))
+    config = RunConfig(
+        columns=parse_settings(arguments.get("columns", []), "--columns"),
+        **{name: arguments[name] for name in EVALUATED},
+    )
+    config.check_data(config.data or config.test_data)
+    work = make_workload(config)
     model, tokenizer = load_model(arguments["model"], arguments["dtype"])
-    encoded = work.encode("test", tokenizer, context_length(model))
+    encoded = work.encode("test", tokenizer, context_length(model, arguments["max_length"]))
     values = work.evaluate(model, encoded, tokenizer, arguments["batch_size"], progress=True)
     print(json.dumps(values, indent=2))
     if arguments["output"]:

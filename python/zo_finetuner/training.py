@@ -78,8 +78,8 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
-        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        random_weights=config.random_weights,
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
     )
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
@@ -89,6 +89,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method)
+    work.rehearse(model, splits["train"][: config.batch_size], tokenizer)
 
     settings = {"settings of the run": digest(dataclasses.asdict(config))}
     require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
