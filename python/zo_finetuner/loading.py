@@ -37,7 +37,8 @@ def load_model(
     device: torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer) on the device, by default the GPU, else the CPU.  source: a local folder in
-    Hugging Face format, or a Hub id; or a folder with a saved adapter, which is put onto its base and may be trained on.
+    Hugging Face format, or a Hub id; or a folder with a saved adapter, which is put onto its base and may be trained
+    on.
 
     dtype: "auto" keeps the checkpoint's.  random_weights: see `random_model`; the folder needs a config and a tokenizer
     only.  quantize: one of `quantised.QUANTISATIONS`, for the base.  adapter, seed: see `adapters.add_adapter`; the
