@@ -8,7 +8,6 @@ of all result.json.  A run that is interrupted, killed or out of disk space goes
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -33,10 +32,12 @@ from zo_finetuner.positions import Position, ResumesFromJournal, best_of, take_b
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
+from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
+AGAIN = "remove the file, and it is measured again"
 CPU = torch.device("cpu")
 
 
@@ -107,7 +108,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
 
     size = config.eval_batch_size
     measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
-    before = exchange(_saved_before(out) if checkpoint or position else None)[0]
+    before = exchange(_saved_before(out, work.metric) if checkpoint or position else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
@@ -234,11 +235,15 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     return can and choice != "never"
 
 
-def _saved_before(out: Path) -> dict[str, float] | None:
-    try:
-        return json.loads((out / "before.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _saved_before(out: Path, metric: str) -> dict[str, float] | None:
+    path = out / "before.json"
+    if not path.exists():
         return None
+    values = read_object(path, AGAIN, finite=False)
+    for name in ("loss", metric, "n"):
+        if type(values.get(name)) not in (int, float):
+            raise InputError(f'{path}: "{name}" is {shown(values.get(name))}, not a number; {AGAIN}')
+    return values
 
 
 def _peak_bytes() -> int | None:
