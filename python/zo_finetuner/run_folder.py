@@ -61,9 +61,12 @@ class RunFolder:
         make_folder(self.path)
         if self._lock is None:
             self._check()
-        for kind in ("tmp", "unfinished", "old"):  # the endings that `files` and `checkpoints` use
-            for path in self.path.glob(f".*.{kind}"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in OWN_FILES:
+            for path in self.path.glob(f".{name}.*.tmp"):
+                path.unlink()
+        for name in (".model", ".checkpoint-*"):
+            for path in (*self.path.glob(f"{name}.unfinished"), *self.path.glob(f"{name}.old")):
+                shutil.rmtree(path, ignore_errors=True)
         if self.overwrite and not self.resume:
             self._clear()
 
