@@ -143,20 +143,12 @@ class _MakesUp(TrainerCallback):
             self._trainer._determine_best_metric(self._trainer.evaluate(), None)
 
 
-@torch.no_grad()
-def take_best(model: nn.Module, journal: Path, history: list[Entry], load: Callable[[], nn.Module]) -> int | None:
-    """Bring a model to the weights of the best evaluated step; returns that step.  load: the base model again."""
-    best = best_of(history)
-    if best is None:
-        return None
-    read = read_journal(journal)
-    if best["step"] < read.steps:
-        base = load()
-        for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
-            own.copy_(first)
-        del base
+def take_best(model: nn.Module, journal: Path, history: list[Entry], begin_again: Callable[[nn.Module], None]) -> None:
+    """Bring a model from its last weights to those of the best evaluated step.  begin_again: to its first."""
+    best, read = best_of(history), read_journal(journal)
+    if best is not None and best["step"] < read.steps:
+        begin_again(model)
         replay(model, read, best["step"])
-    return best["step"]
 
 
 def best_of(history: list[Entry]) -> Entry | None:

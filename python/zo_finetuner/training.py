@@ -34,11 +34,11 @@ from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.replay import branch_off
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 AGAIN = "remove the file, and it is measured again"
-CPU = torch.device("cpu")
 
 
 class TaskTrainer(ResumesFromJournal, ZOTrainerMixin, Trainer):
@@ -77,11 +77,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
     work = make_workload(config)
-    set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(
-        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
-        adapter=config.make_adapter(), seed=config.seed,
-    )
+    model, tokenizer = load_base(config)
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
@@ -128,7 +124,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     seconds, training = time.perf_counter() - started, _peak_bytes()
     history = trainer.state.log_history
     if journalled and config.checkpoints:
-        take_best(model, out / JOURNAL, history, lambda: load_model(config.model, config.dtype, device=CPU)[0])
+        take_best(model, out / JOURNAL, history, partial(begin_again, config))
     best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
@@ -165,6 +161,28 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
+
+
+def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as the run begins with them.  Raises InputError."""
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
+    )
+    if config.branch:
+        branch_off(model, config.branch)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def begin_again(config: RunConfig, model: nn.Module) -> None:
+    """Give a model without adapters the weights of `load_base` again, in place; a second one is on the host only."""
+    base, _ = load_model(config.model, config.dtype, device=torch.device("cpu"))
+    for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
+        own.copy_(first)
+    if config.branch:
+        branch_off(model, config.branch)
 
 
 def _trainer(
