@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.settings import settings_of
+from zo_finetuner.quantised import parts
 from zo_finetuner.ranks import joined
 from zo_finetuner.replicas import combined, fingerprint
 from zo_kernels import NOISE_VERSION, canonical_name
@@ -87,7 +88,7 @@ def model_facts(model: nn.Module) -> dict[str, str]:
     form = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in named]
     facts = {"model": digest(form), "device": named[0][1].device.type if named else "cpu"}
     if not any(hasattr(parameter, "placements") for _, parameter in named):
-        words = torch.stack([fingerprint(parameter).cpu() for _, parameter in named])
+        words = torch.stack([fingerprint(part).cpu() for _, parameter in named for part in parts(parameter)])
         facts["weights"] = digest(int(combined(words)))
     return facts
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from zo_finetuner.adapters import ADAPTERS, Adapter, default_rates
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
 from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
-from zo_finetuner.optim import METHODS, PRESETS, check_method
+from zo_finetuner.optim import METHODS, check_method
 from zo_finetuner.probing import MODES
+from zo_finetuner.quantised import QUANTISATIONS
 from zo_finetuner.reading import is_plain, shown
 from zo_finetuner.yaml_file import read_yaml
 
@@ -74,8 +76,19 @@ class RunConfig:
     graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
-    lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
-    lora_alpha: int = _option(16, "LoRA's alpha")
+    branch: str | None = _option(
+        None, "JOURNAL:STEP, begin with the weights that this run of the model had after so many steps"
+    )
+    adapter: str | None = _option(None, f"train an adapter instead of the whole model: {', '.join(ADAPTERS)}")
+    lora_rank: int = _option(0, "rank of lora and dora (default: 8); alone it asks for lora")
+    lora_alpha: int = _option(16, "alpha of lora and dora")
+    lora_targets: str | None = _option(
+        None, "layers of lora and dora, q_proj,v_proj or all-linear; default: PEFT's for the architecture"
+    )
+    virtual_tokens: int = _option(0, "tokens of prefix (default: 5) and prompt (default: 10)")
+    quantize: str | None = _option(
+        None, f"quantise the base under an adapter while it is loaded: {', '.join(QUANTISATIONS)}"
+    )
     num_train: int | None = _option(None, "training rows; default: the protocol's")
     num_dev: int | None = _option(None, "dev rows, for the best checkpoint; default: the protocol's")
     num_eval: int | None = _option(None, "test rows; default: the protocol's")
@@ -98,8 +111,11 @@ class RunConfig:
         self.check_data(self.data)
         self.check_objective()
         check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)
-        preset = PRESETS[self.optimizer]
-        self.lr, self.eps = _first(self.lr, preset.lr), _first(self.eps, preset.eps)
+        if self.lora_rank and not self.adapter:
+            self.adapter = "lora"
+        self.make_adapter()
+        lr, eps = default_rates(self.optimizer, self.adapter)
+        self.lr, self.eps = _first(self.lr, lr), _first(self.eps, eps)
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
@@ -108,7 +124,7 @@ class RunConfig:
                      "probe_ranks"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_steps", "warmup_steps", "lora_rank"):
+        for name in ("eval_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.num_dev is not None and self.num_dev < 1:
@@ -119,6 +135,18 @@ class RunConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+
+    def make_adapter(self) -> Adapter | None:
+        """The adapter that is asked for.  Raises InputError."""
+        if self.quantize and self.quantize not in QUANTISATIONS:
+            raise InputError(f'unknown quantize "{self.quantize}"{nearest(self.quantize, QUANTISATIONS)}; there are: '
+                             f"{', '.join(QUANTISATIONS)}")
+        if self.adapter:
+            return Adapter(self.adapter, self.lora_rank, self.lora_alpha, self.lora_targets, self.virtual_tokens)
+        for name in ("quantize", "lora_targets", "virtual_tokens"):
+            if getattr(self, name):
+                raise InputError(f"{name} is given, but no adapter: add --adapter {' or '.join(ADAPTERS)}")
+        return None
 
     def check_objective(self) -> None:
         """Raise InputError for what does not go with an objective of one's own, which is a number from the host."""
@@ -188,6 +216,13 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     except InputError as error:
         raise InputError(f"{error} (settings of {path} and flags)") if path else error from None
     return config
+
+
+def from_values(values: dict[str, Any], where: str) -> RunConfig:
+    """Settings that were written down, as by `dataclasses.asdict`, not checked for sense, without those that this
+    release does not know.  where: names them.  Raises InputError for a wrong type."""
+    kinds = typing.get_type_hints(RunConfig)
+    return RunConfig(**{k: _convert(v, kinds[k], f'{where}: "{k}"') for k, v in values.items() if k in kinds})
 
 
 def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

@@ -26,10 +26,12 @@ from zo_finetuner.encoding import (
     pad_token,
 )
 from zo_finetuner.errors import InputError
+from zo_finetuner.greedy import continue_greedily
 from zo_finetuner.isolation import can_pack
 from zo_finetuner.objective import candidate_scores, option_losses
 from zo_finetuner.tasks import Task, accuracy, f1
 from zo_finetuner.tasks.templates import Row
+from zo_finetuner.virtual_tokens import virtual_tokens
 
 
 def evaluate_split(
@@ -99,29 +101,39 @@ def generate_answers(
     eos = {tokenizer.eos_token_id} - {None}
     pad_id = pad_token(tokenizer)
     texts = [""] * len(encodeds)
-    for rows in batches([len(e.prompt) for e in encodeds], [1] * len(encodeds), batch_size, progress):
-        inputs = to_device(model, pad_left([encodeds[i].prompt for i in rows], pad_id))
+    lengths = [len(e.prompt) for e in encodeds]
+    # PEFT puts virtual tokens before the padding, where a prompt's distance to them would depend on its batch.
+    padded = not virtual_tokens(model).count
+    for rows in batches(lengths, [1] * len(encodeds), batch_size, progress, padded):
+        inputs = to_device(model, pad_left([encodeds[i].prompt for i in rows], pad_id, 8 if padded else 1))
         length = inputs["input_ids"].shape[1]
-        # Spelt out, so that a checkpoint's own sampling or repetition penalty (Qwen2: 1.1) has no say.
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            pad_token_id=pad_id,
-            eos_token_id=sorted(newlines | eos),
-        )
-        for i, ids in zip(rows, output[:, length:].tolist(), strict=True):
+        if padded:
+            continued = _generate(model, inputs, pad_id, sorted(newlines | eos))[:, length:]
+        else:
+            continued = continue_greedily(model, inputs["input_ids"], MAX_NEW_TOKENS, newlines | eos)
+        for i, ids in zip(rows, continued.tolist(), strict=True):
             ends = [k for k, token in enumerate(ids) if token in newlines or token in eos]
             # What follows the end is padding; a newline's token may hold text before it (".\n").
             ids = ids[: ends[0] + (ids[ends[0]] in newlines)] if ends else ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
             texts[i] = text.split("\n", 1)[0].strip()
     return texts
+
+
+def _generate(model: nn.Module, inputs: dict[str, Tensor], pad_id: int, ends: list[int]) -> Tensor:
+    # Spelt out, so that a checkpoint's own sampling or repetition penalty (Qwen2: 1.1) has no say.
+    return model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=ends,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -187,12 +199,15 @@ def to_device(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def batches(lengths: list[int], sizes: list[int], batch_size: int, progress: bool) -> Iterable[list[int]]:
-    """Numbers of items, longest first, in batches of up to batch_size by the sum of their sizes."""
+def batches(
+    lengths: list[int], sizes: list[int], batch_size: int, progress: bool, padded: bool = True
+) -> Iterable[list[int]]:
+    """Numbers of items, longest first, in batches of up to batch_size by the sum of their sizes; of one length where
+    they are not to be padded."""
     made: list[list[int]] = []
     room = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if sizes[i] > room:
+        if sizes[i] > room or not (padded or lengths[i] == lengths[made[-1][-1]]):
             made.append([])
             room = batch_size
         made[-1].append(i)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.adapters import adapter_kind, default_rates
 from zo_finetuner.engine import Engine, LossFn, LossOf
 from zo_finetuner.errors import require_positive
 from zo_finetuner.graphs import Capturer, GraphedSteps
 from zo_finetuner.guards import Limits
 from zo_finetuner.optim.base import Method
-from zo_finetuner.optim.create import PRESETS, Preset, make_method
+from zo_finetuner.optim.create import make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.ranks import Ranks, joined, leads
@@ -128,13 +129,14 @@ def create_zo_optimizer(
     ranks: Ranks | None = None,
     **arguments: Any,
 ) -> ZOOptimizer:
-    """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own.
+    """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own, or for
+    those of the adapter that `model` trains (`adapters.RATES`).
 
     arguments: for a name, what `optim.make_method` takes (pertnn, batch_size, settings={"beta": 0.9}, ...)."""
     named = not isinstance(optimizer, Method)
     method = make_method(optimizer, model, seed=seed, **arguments) if named else optimizer
-    preset = PRESETS[optimizer] if named else Preset(type(method))
-    lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
+    usual = default_rates(optimizer if named else "mezo", adapter_kind(model))
+    lr, eps = (own if given is None else given for given, own in zip((lr, eps), usual, strict=True))
     return ZOOptimizer(
         model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, limits=limits,
         graphs=graphs, journal=journal, ranks=ranks,
