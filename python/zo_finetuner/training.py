@@ -33,6 +33,7 @@ from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.replay import branch_off
 from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
@@ -77,11 +78,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         checkpoint = folder.last_checkpoint()
     checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
-    set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(
-        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
-        adapter=config.make_adapter(), seed=config.seed,
-    )
+    model, tokenizer = load_base(config)
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
@@ -152,6 +149,18 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
+
+
+def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as the run begins with them.  Raises InputError."""
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
+    )
+    if config.branch:
+        branch_off(model, config.branch)
+    return model, tokenizer
 
 
 def _trainer(
