@@ -268,4 +268,4 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     except (ValueError, TypeError, OverflowError):
         names = {int: "an integer", float: "a number", str: "text in one line", bool: "true or false",
                  dict: "`name: value` lines"}
-        raise InputError(f"{where} must be {names[kind]}, got {shown(value)}") from None
+        raise InputError(f"{where} must be {names[kind]}, got {shown(repr(value))}") from None
