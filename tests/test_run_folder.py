@@ -99,8 +99,17 @@ def test_a_folder_is_whole_or_the_one_before(tmp_path):
     assert [entry.name for entry in path.iterdir()] == ["b"]
 
 
+def flip(path, at):
+    """Change a bit of the byte at that place."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
 def damages(checkpoint):
-    """Ways in which a checkpoint was left half written by something else."""
+    """Ways in which a checkpoint was left half written by something else, or has changed since."""
+    yield lambda: flip(checkpoint / "model.safetensors", -1)
+    yield lambda: flip(checkpoint / "optimizer.pt", 200)
     yield lambda: (checkpoint / "trainer_state.json").unlink()
     yield lambda: (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:-200])
     yield lambda: (checkpoint / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-9])

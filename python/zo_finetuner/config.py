@@ -76,6 +76,9 @@ class RunConfig:
     graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
+    branch: str | None = _option(
+        None, "JOURNAL:STEP, begin with the weights that this run of the model had after so many steps"
+    )
     adapter: str | None = _option(None, f"train an adapter instead of the whole model: {', '.join(ADAPTERS)}")
     lora_rank: int = _option(0, "rank of lora and dora (default: 8); alone it asks for lora")
     lora_alpha: int = _option(16, "alpha of lora and dora")
@@ -216,6 +219,13 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     except InputError as error:
         raise InputError(f"{error} (settings of {path} and flags)") if path else error from None
     return config
+
+
+def from_values(values: dict[str, Any], where: str) -> RunConfig:
+    """Settings that were written down, as by `dataclasses.asdict`, not checked for sense, without those that this
+    release does not know.  where: names them.  Raises InputError for a wrong type."""
+    kinds = typing.get_type_hints(RunConfig)
+    return RunConfig(**{k: _convert(v, kinds[k], f'{where}: "{k}"') for k, v in values.items() if k in kinds})
 
 
 def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

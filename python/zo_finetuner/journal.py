@@ -72,8 +72,7 @@ class Header:
 
     tensors: (name, id, shape, dtype) of every block in order.  fingerprint: of the base model (`cards.fingerprint`).
     limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by
-    hand.  run: what the caller says of data and schedule.  parent: of a branch, the journal and the step that it starts
-    from."""
+    hand.  run: what the caller says of data and schedule."""
 
     kind: str
     layout: dict[str, int]
@@ -96,7 +95,6 @@ class Header:
     limits: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-    parent: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """All that stands before the records.  InputError where `method` or `run` hold what is no JSON."""

@@ -15,11 +15,12 @@ from torch import nn
 from zo_finetuner.adapters import Adapter, adapter_base, add_adapter, load_adapter
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.quantised import quantisation
-from zo_finetuner.reading import is_plain, read_object, shown
+from zo_finetuner.reading import is_plain, read_object, require_file, shown
 from zo_finetuner.tensor_files import read_header
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 MOST_CONFIG = 16 << 20  # bytes of config.json
+MOST_OTHER = 512 << 20  # bytes of any other file that is no weights; Gemma's tokenizer has 33 MB
 MOST_LAYERS = 1024  # of a model, and experts of a layer; Llama 405B has 126
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -161,6 +162,9 @@ def check_folder(folder: Path, weights: bool = True, integers: bool = False) -> 
     _check_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):  # read by transformers, some of them whole
+            require_file(path, MOST_OTHER)
     if not weights:
         return
     files = _weight_files(folder)

@@ -14,11 +14,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zo_finetuner.checkpoints import checkpoints, is_whole
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder
+from zo_finetuner.reading import shown
+from zo_finetuner.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -117,15 +117,12 @@ class RunFolder:
         fewer steps are the same run where the schedule does not depend on them."""
         if not self.resume:
             return
-        try:
-            saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        if not (self.path / "config.yaml").exists():
             return  # it never came to write them, or they are lost: the checkpoint's own checks are left
-        if not isinstance(saved, dict):
-            return
+        saved = read_yaml(self.path / "config.yaml")
         free = FREE | ({"steps"} if settings["lr_scheduler"] == "constant" else set())
         other = [name for name, value in settings.items() if name not in free and saved.get(name, value) != value]
         if other:
-            there = ", ".join(f"{name} {saved[name]} (not {settings[name]})" for name in other)
+            there = ", ".join(f"{name} {shown(saved[name])} (not {settings[name]})" for name in other)
             raise InputError(f"output_dir {self.path}: its run has {there}; resume it as it began: "
                              f"zo train --config {self.path / 'config.yaml'} --resume")

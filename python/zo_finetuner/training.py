@@ -8,7 +8,6 @@ of all result.json.  A run that is interrupted, killed or out of disk space goes
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -34,9 +33,13 @@ from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
+from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.replay import branch_off
 from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
+
+AGAIN = "remove the file, and it is measured again"
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
@@ -79,11 +82,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     if config.push_to_hub and leads():
         require_hub(config.push_to_hub)
     work = make_workload(config)
-    set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(
-        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
-        adapter=config.make_adapter(), seed=config.seed,
-    )
+    model, tokenizer = load_base(config)
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
@@ -105,7 +104,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
 
     size = config.eval_batch_size
     measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
-    before = exchange(_saved_before(out) if checkpoint else None)[0]
+    before = exchange(_saved_before(out, work.metric) if checkpoint else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
@@ -157,6 +156,18 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     if config.push_to_hub:
         print(f"pushed to {push_run(out, config.push_to_hub)}", flush=True)
     return result
+
+
+def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as the run begins with them.  Raises InputError."""
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
+    )
+    if config.branch:
+        branch_off(model, config.branch)
+    return model, tokenizer
 
 
 def _trainer(
@@ -235,11 +246,15 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     return can and choice != "never"
 
 
-def _saved_before(out: Path) -> dict[str, float] | None:
-    try:
-        return json.loads((out / "before.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _saved_before(out: Path, metric: str) -> dict[str, float] | None:
+    path = out / "before.json"
+    if not path.exists():
         return None
+    values = read_object(path, AGAIN, finite=False)
+    for name in ("loss", metric, "n"):
+        if type(values.get(name)) not in (int, float):
+            raise InputError(f'{path}: "{name}" is {shown(values.get(name))}, not a number; {AGAIN}')
+    return values
 
 
 def _peak_bytes() -> int | None:
