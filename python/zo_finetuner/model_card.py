@@ -142,8 +142,8 @@ def _journal(path: Path | None) -> str:
         return "None was kept."
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     steps = read_journal(path).steps
-    return (f"{_code(path.name)} holds {steps} steps: seeds, losses and coefficients, from which the weights of any "
-            f"step are computed again on the base. SHA-256 {_code(digest)}.")
+    return (f"{_code(path.name)} holds {steps} steps: seeds, losses and coefficients, of which `zo replay BASE "
+            f"{_plain(path.name)} --out DIR` makes the weights of any step. SHA-256 {_code(digest)}.")
 
 
 def _versions() -> list[tuple[str, str]]:
