@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"zo: stopped: {error}; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from what was kept'}", file=sys.stderr)
         return 130
 
 
