@@ -38,9 +38,9 @@ def counts(engine):
 @pytest.mark.parametrize("probing", ["scratch", "inplace"])
 def test_an_exploded_loss_skips_the_step_and_says_so(probing, caplog):
     engine = Engine(Problem(), MeZO(), eps=EPS, probing=probing, weight_decay=0.1)
-    first, second = given(engine, [(2.0, 300.0), (2.0, 3.0)])  # there is no mean before the first step
-    for _ in range(200):
-        given(engine, [(2.0, 3.0)], lr=1e-6)
+    given(engine, [(2.0, 300.0)], lr=1e-6)  # before the first step there is no mean
+    given(engine, [(2.0, 3.0)] * 201, lr=1e-6)
+    assert counts(engine) == [0, 0, 0, 0]
     mean = float(engine.guard.level / engine.guard.taken)
     assert mean == pytest.approx(3 + 297 * 0.98**201 / 50 / (1 - 0.98**202))  # 3.10
     before = flat(engine)
@@ -48,7 +48,7 @@ def test_an_exploded_loss_skips_the_step_and_says_so(probing, caplog):
     mean, before = float(engine.guard.level / engine.guard.taken), flat(engine)
     with caplog.at_level("WARNING"):
         (after, _) = given(engine, [(2.0, 10.1 * mean), (2.0, 2.1)])
-    assert (after - before).abs().max() <= (0 if probing == "scratch" else 2**-20)  # numbers below 8
+    assert (after - before).abs().max() <= (0 if probing == "scratch" else 2**-19)  # numbers below 16
     assert counts(engine) == [1, 1, 0, 0] and engine.metrics()["exploded_steps"] == 1
     assert "step 203 was skipped: a loss exploded (1 so far)" in caplog.text
 
