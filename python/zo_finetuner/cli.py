@@ -1,4 +1,4 @@
-"""The command line: `zo train | eval | learn | show | plan | demo | convert | env`.
+"""The command line: `zo train | report | eval | learn | show | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-seed", type=int, default=0)
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
 
+    report = verb("report", _report, "curves and tables of runs, one or several side by side: an HTML page and a PNG")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder that zo train wrote, or still writes")
+    report.add_argument("--output", metavar="HTML", help="the page; the picture has its name with .png (default: of "
+                        "one run RUN/report.html and RUN/curve.png, of several report.html here)")
+    report.add_argument("--overwrite", action="store_true", help="replace an earlier page of several runs")
+
     plan = verb("plan", _plan, "predict memory and time of a step from a model's config, before anything is downloaded")
     plan.add_argument("--model", required=True, help="folder with a config.json, or a Hub id (its config is fetched)")
     plan.add_argument("--task", default="sst2", help="decides how many logits a row needs (default: sst2)")
@@ -141,6 +147,15 @@ def _eval(arguments: dict[str, Any]) -> None:
     print(json.dumps(values, indent=2))
     if arguments["output"]:
         write_json(Path(arguments["output"]), values)
+
+
+def _report(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.report_page import report
+
+    output = arguments["output"]
+    page, picture = report([Path(run) for run in arguments["runs"]], Path(output) if output else None,
+                           arguments["overwrite"])  # fmt: skip
+    print(f"{page} ({page.stat().st_size / 1024:.0f} KB), {picture}")
 
 
 def _plan(arguments: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
-of all result.json.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, model/ (best on dev), checkpoint-N/, report.html,
+curve.png, and last of all result.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_finetuner.config import RunConfig
-from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder, write_json, write_text
@@ -31,6 +30,8 @@ from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.report_page import PAGE, PICTURE, write_report
+from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 JOURNAL = "journal.zoj"
@@ -121,7 +122,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if config.save_model:
         trainer.save_model(str(out / "model"))
         tokenizer.save_pretrained(str(out / "model"))
-    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
+    write_report([Run(str(out), result["config"], trainer.state.log_history, result)], out / PAGE, out / PICTURE)
     write_json(out / "result.json", result)
     return result
 
@@ -205,7 +206,7 @@ def _remove_run(out: Path) -> None:
     """Take away an earlier run's own files, and nothing else that lies in the folder."""
     for path in [*out.glob("checkpoint-*"), out / "model"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL):
+    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", PAGE, PICTURE, JOURNAL):
         (out / name).unlink(missing_ok=True)
 
 

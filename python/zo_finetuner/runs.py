@@ -1,0 +1,160 @@
+"""Folders of `zo train`, read for reports: settings, log and result, and how several of them compare.
+
+A run that goes on, or was cut off, has no result.json yet and is shown as far as it got.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zo_finetuner.config import read_yaml
+from zo_finetuner.errors import InputError
+
+#: Settings that say where and when and not what.
+ASIDE = ("output_dir", "seed", "resume", "overwrite", "save_model", "checkpoints", "report_to")
+
+
+@dataclass(frozen=True)
+class Run:
+    """config: as resolved.  history: the Trainer's log, an entry with a `step` each.  result: what result.json holds,
+    empty where there is none yet."""
+
+    name: str
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of the entries that have a finite number there."""
+        found = [(entry["step"], entry[key]) for entry in self.history if is_finite(entry.get(key))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def keys(self, start: str) -> list[str]:
+        """Keys of numbers in the log that begin so, in the order in which they come."""
+        return list(dict.fromkeys(k for entry in self.history for k in entry if k.startswith(start)))
+
+    @property
+    def steps(self) -> int:
+        return max((entry["step"] for entry in self.history), default=0)
+
+    @property
+    def forwards_per_step(self) -> float | None:
+        """None where neither log nor result says it."""
+        steps, forwards = self.series("zo/forwards")
+        if steps and steps[-1]:
+            return forwards[-1] / steps[-1]
+        if self.result.get("forwards") and self.result.get("steps"):
+            return self.result["forwards"] / self.result["steps"]
+        return None
+
+    def middle(self, key: str) -> float | None:
+        """The median of a series, None where it is empty."""
+        values = sorted(self.series(key)[1])
+        return values[len(values) // 2] if values else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone.  label: the settings in which it differs from other groups."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError of one line for a folder that holds no run, and for a file of it that is broken."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; give one that `zo train` wrote")
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: holds no run (there is no config.yaml); give a folder that `zo train` wrote")
+    config = read_yaml(folder / "config.yaml")
+    history = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    result = _object(_text(folder / "result.json"), str(folder / "result.json")) if _has_result(folder) else {}
+    return Run(str(folder), config, history, result)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl.  A last line without an end is being written, and left out.  Raises InputError naming
+    the line."""
+    *lines, _ = _text(path).split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            entry = _object(line, f"{path}:{number}")
+            if isinstance(entry.get("step"), bool) or not isinstance(entry.get("step"), int):
+                raise InputError(f'{path}:{number}: "step" must be a whole number, got {entry.get("step")!r:.80}')
+            entries.append(entry)
+    return entries
+
+
+def _has_result(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text") from None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not JSON ({str(error):.80})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: must hold an object, not a {type(value).__name__}")
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Settings that are not the same in all runs, where they went aside."""
+    names = dict.fromkeys(name for run in runs for name in run.config if name != "output_dir")
+    return [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs of the same settings besides `ASIDE` together, in the order in which they come."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr({k: v for k, v in sorted(run.config.items()) if k not in ASIDE}), []).append(run)
+    varied = [name for name in differing(runs) if name not in ASIDE]
+    made = [Group(_label(found, varied), tuple(found)) for found in groups.values()]
+    labels = [group.label for group in made]
+    if len(set(labels)) == len(labels):
+        return made
+    return [Group(group.runs[0].name, group.runs) for group in made]
+
+
+def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
+    """`es, lr 0.001`; the name of the folder where nothing differs or the text gets too long."""
+    config = runs[0].config
+    parts = [f"{config.get(name)}" if name == "optimizer" else f"{name} {brief(config.get(name))}" for name in varied]
+    text = ", ".join(parts)
+    if not 0 < len(text) <= 60:
+        text = Path(runs[0].name).name
+    return f"{text} ({len(runs)} seeds)" if len(runs) > 1 else text
+
+
+def brief(value: Any) -> str:
+    """A setting in a few letters: numbers short, of a path its last part."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={brief(inner)}" for name, inner in value.items()) or "-"
+    if value is None:
+        return "-"
+    text = str(value)
+    return text.rstrip("/").rsplit("/", 1)[-1] if text.count("/") > 1 else text
