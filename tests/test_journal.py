@@ -109,7 +109,7 @@ def test_what_is_no_journal_is_refused(content, tmp_path):
     (tmp_path / "j.zoj").write_bytes(content)
     with pytest.raises(InputError, match=r"j\.zoj: "):
         read_journal(tmp_path / "j.zoj")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder; give a regular file"):
         read_journal(tmp_path)
 
 

@@ -18,6 +18,20 @@ from typing import Any
 from zo_finetuner.errors import InputError
 
 
+#: Verb -> what `--help` shows below its flags.
+EXAMPLES = {
+    "train": "zo train --model meta-llama/Llama-3.2-1B --task sst2 --optimizer mezo --steps 20000 --output-dir runs/a",
+    "learn": "zo learn --model meta-llama/Llama-3.2-1B --task sst2 --recipe closed-form --out scales",
+    "show": "zo show scales/learned.safetensors",
+    "report": "zo report runs/a runs/b --output compared.html",
+    "eval": "zo eval --model runs/a/model --task sst2 --output scores.json",
+    "plan": "zo plan --model facebook/opt-30b --task sst2 --batch 16 --seq 256 --device H100",
+    "demo": "zo demo --output-dir demo-out",
+    "convert": "zo convert llama1b.pth llama1b.safetensors --base-model meta-llama/Llama-3.2-1B",
+    "env": "zo env",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (0, or 2 for bad input, or 130 after Ctrl-C)."""
     arguments = vars(_parser().parse_args(argv))
@@ -33,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"zo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("zo: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
     return 0
 
@@ -114,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base-model", default="", help="name of the model it was learned for")
 
     verb("env", _env, "what this machine can do, what is missing, and the command that adds it")
+    for name, added in verbs.choices.items():
+        added.epilog, added.formatter_class = f"example:\n  {EXAMPLES[name]}", argparse.RawDescriptionHelpFormatter
     return parser
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
+from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
+from zo_finetuner.reading import is_plain, shown
+from zo_finetuner.yaml_file import read_yaml
 
 GRAPHS = ("auto", "always", "never")  # auto: on a GPU (no "on" and "off", which YAML takes for true and false)
 
@@ -49,6 +52,9 @@ class RunConfig:
     lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
     warmup_steps: int = _option(0, "steps of learning-rate warm-up")
     weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
+    clip: float = _option(0.0, "bound of the projected gradient; 0: none")
+    explosion: float = _option(10.0, "skip a step with a loss above so many times max(1, its running mean); 0: never")
+    max_skipped: float = _option(0.5, "stop when more than this share of the last steps (about 50) was skipped")
     probing: str = _option(
         "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
     )
@@ -82,6 +88,7 @@ class RunConfig:
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
+        self.limits()
         for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -96,6 +103,9 @@ class RunConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+
+    def limits(self) -> Limits:
+        return Limits(self.clip, self.explosion, self.max_skipped)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -126,13 +136,16 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     kinds = typing.get_type_hints(RunConfig)
     for key in values:
         if key not in kinds:
-            raise InputError(f'{path}: unknown key "{key}"{nearest(key, kinds)}')
+            raise InputError(f'{path}: unknown key "{shown(key)}"{nearest(str(key)[:80], kinds)}')
     settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
     if "set" in flags:
         settings["set"] = settings.get("set", {}) | parse_settings(flags.pop("set"))
     settings |= {k: _convert(v, kinds[k], f"--{k.replace('_', '-')}") for k, v in flags.items()}
     config = RunConfig(**settings)
-    config.check()
+    try:
+        config.check()
+    except InputError as error:
+        raise InputError(f"{error} (settings of {path} and flags)") if path else error from None
     return config
 
 
@@ -152,24 +165,6 @@ def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where}: is not valid YAML ({getattr(error, 'problem', error)})") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path}: must hold `key: value` lines, not a {type(loaded).__name__}")
-    return loaded
-
-
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """YAML reads 1e-6 as a string (YAML 1.1 wants 1.0e-6), flags are strings: both are converted here."""
     options = [k for k in typing.get_args(kind) if k is not type(None)]
@@ -186,8 +181,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
+        if kind is str and not is_plain(value):  # no path holds a NUL, and no line of a message a line break
+            raise ValueError
         return kind(value)
     except (ValueError, TypeError, OverflowError):
-        names = {int: "an integer", float: "a number", str: "text", bool: "true or false",
+        names = {int: "an integer", float: "a number", str: "text in one line", bool: "true or false",
                  dict: "`name: value` lines"}
-        raise InputError(f"{where} must be {names[kind]}, got {value!r}") from None
+        raise InputError(f"{where} must be {names[kind]}, got {shown(value)}") from None

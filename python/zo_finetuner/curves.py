@@ -79,8 +79,9 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
     for key in metrics:
         found += panel(f"held-out {key.removeprefix('eval_')} (dev rows)", key, "points")
     found += panel("|g|, the projected gradient", "grad_norm", "smooth", logarithmic=True)
-    if any(max(run.series("zo/skipped_steps")[1], default=0) > 0 for run in runs):
-        found += panel("skipped steps", "zo/skipped_steps")
+    for what in ("skipped", "clipped", "flat"):
+        if any(max(run.series(f"zo/{what}_steps")[1], default=0) > 0 for run in runs):
+            found += panel(f"{what} steps so far", f"zo/{what}_steps")
     for group in groups:
         found += _sigma(group, forwards, steps, group.label if len(groups) > 1 else "")
     if any(len(set(run.series("learning_rate")[1])) > 1 for run in runs):

@@ -9,8 +9,8 @@
 what the host does after.
 
 The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
-and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
-the device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
+and scales stay on the device: nothing here waits for the host.  A step that must not be (`guards.py`) is skipped on the
+device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zo_finetuner.autocast import casts_not_kept
 from zo_finetuner.block_kinds import by_kind
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
+from zo_finetuner.guards import Guard, Limits
 from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
@@ -61,6 +62,7 @@ class Engine:
     probing: "scratch" (weights never written by a probe), "paired" (scratch, both signs in one forward), "inplace"
         (fp32 weights, adapters), "auto" by dtype.
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
+    limits: which steps are clipped or skipped, and when a run stops.
     journal: where every step is written down (`journal.py`), None for nowhere.
 
     Raises InputError for eps that is not positive and finite, a method whose state does not fit or that cannot be
@@ -76,6 +78,7 @@ class Engine:
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        limits: Limits | None = None,
         blocks: Blocks | None = None,
         journal: Recorder | None = None,
     ):
@@ -93,13 +96,15 @@ class Engine:
         self.device = self.blocks.device
         self.eps = torch.tensor(eps, dtype=torch.float32, device=self.device)
         self.inputs = StepInputs(method.directions, self.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.guard = Guard(limits or Limits(), {t.dtype for t in self.blocks.tensors}, method.slopes, self.device)
         self.last_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.projected_grad = torch.zeros((), dtype=torch.float32, device=self.device)
         self.realised_share: Tensor | None = None
-        self._skipped_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self._skipped_host = self._skipped_copy.numpy()  # read without an operator of torch
-        self._told = 0  # skipped steps already reported
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped, 0-dim on the device."""
+        return self.guard.skipped
 
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
         """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
@@ -107,7 +112,8 @@ class Engine:
         device), NaN when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
-        Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
+        Raises RuntimeError naming a tensor that was moved to other memory since the engine was made, and UnstableRun
+        (an InputError) when too many steps were skipped.
         """
         self.begin(lr)
         loss = self.compute(loss_fn)
@@ -122,7 +128,7 @@ class Engine:
     def begin(self, lr: float | Tensor) -> None:
         """Before a step: checks, what was to be told of the step before, and the step's inputs."""
         self._require_unmoved()
-        self._report_skips()
+        self.guard.report(self.step_count)
         if self.journal is not None:
             self.journal.before(self)
         self.inputs.fill(lr, self.seed, self.step_count)
@@ -136,7 +142,6 @@ class Engine:
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
         before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
         asked, told = [], []
         try:
             with phase("ask"):
@@ -147,16 +152,15 @@ class Engine:
                 losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
                 if not isinstance(loss_fn, Given):
                     self.probing.rehearse(request, losses, loss_fn)
-                losses = torch.hstack(losses)
-                asked, told = [*asked, *request], [*told, losses]
-                finite = finite & torch.isfinite(losses).all()
+                asked, told = [*asked, *request], [*told, torch.hstack(losses)]
                 with phase("tell"):
-                    request = self.method.tell(losses)
+                    request = self.method.tell(told[-1])
             with phase("update"):
-                update, decay = self._apply(request, finite, before)
+                request, ok = self.guard.judge(request, torch.cat(told))
+                update, decay = self._apply(request, ok, before)
                 if self.journal is not None:
-                    self.journal.take(self, asked, told, update, finite, decay)
-                loss = torch.where(finite, request.loss, torch.nan)
+                    self.journal.take(self, asked, told, update, ok, decay)
+                loss = torch.where(ok, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
             for name, tensor in self.method.kept().items():
@@ -172,7 +176,7 @@ class Engine:
         if self.journal is not None:
             self.journal.after(self)
         self.step_count += 1
-        self._skipped_copy.copy_(self.skipped, non_blocking=True)
+        self.guard.send()
 
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
@@ -202,27 +206,17 @@ class Engine:
             loss = loss_fn()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
 
-    def _apply(
-        self, update: Update, finite: Tensor, before: dict[str, Tensor]
-    ) -> tuple[Update, Tensor | None]:
-        """before: the method's memory as it was, which a step that is not finite gets back.  Returns what was applied:
-        the update and the decay."""
-        update = guarded(update, finite)
-        decay = torch.where(finite, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
-        self.probing.apply(update, finite, decay, self.inputs.rounding)
+    def _apply(self, update: Update, ok: Tensor, before: dict[str, Tensor]) -> tuple[Update, Tensor | None]:
+        """before: the method's memory as it was, which a step that is skipped gets back.  Returns what was applied: the
+        update and the decay."""
+        update = guarded(update, ok)
+        decay = torch.where(ok, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
+        self.probing.apply(update, ok, decay, self.inputs.rounding)
         for name, tensor in self.method.kept().items():
-            tensor.copy_(torch.where(finite, tensor, before[name]))
-        self.skipped += ~finite
-        self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
-        self.projected_grad.copy_(torch.where(finite, update.projected_grad, 0.0))
+            tensor.copy_(torch.where(ok, tensor, before[name]))
+        self.last_loss.copy_(torch.where(ok, update.loss, self.last_loss))
+        self.projected_grad.copy_(torch.where(ok, update.projected_grad, 0.0))
         return update, decay
-
-    def _report_skips(self) -> None:
-        """A skipped step is told of at the next one, from a copy made without waiting."""
-        skipped = int(self._skipped_host)
-        if skipped > self._told:
-            logger.warning("step %d was skipped: a loss was not finite (%d so far)", self.step_count - 1, skipped)
-        self._told = skipped
 
     def _report_share(self, request: list[Probe] | list[Slope]) -> None:
         """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
@@ -238,7 +232,7 @@ class Engine:
         """The last step's numbers for a log (waits for the device); scales as `sigma/KIND`, a number for every kind of
         block (`block_kinds.KINDS`): the root mean square."""
         forwards = self.step_count * self.method.forwards
-        values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, "forwards": forwards,
+        values = {"projected_grad": self.projected_grad, "forwards": forwards, **self.guard.metrics(),
                   **self.method.metrics}  # fmt: skip
         sigma = values.pop("sigma", None)
         kinds = {} if sigma is None else by_kind(self.blocks.names, sigma.tolist())
@@ -258,7 +252,7 @@ class Engine:
             "method": self.method.name,
             "seed": self.seed,
             "step": self.step_count,
-            "skipped": self.skipped,
+            "guard": self.guard.state,
             "last_loss": self.last_loss,
             "ids": dict(zip(self.blocks.names, self.blocks.ids, strict=True)),
             "probing": {"mode": self.probing.mode, **self.probing.state_dict()},
@@ -274,10 +268,8 @@ class Engine:
         if state["probing"]["mode"] != self.probing.mode:
             raise InputError(f"cannot resume: the run probed {state['probing']['mode']}, not {self.probing.mode}")
         self.seed, self.step_count = state["seed"], state["step"]
-        self.skipped.copy_(state["skipped"])
+        self.guard.load(state["guard"])
         self.last_loss.copy_(state["last_loss"])
-        self._skipped_copy.copy_(self.skipped)
-        self._told = int(self._skipped_host)
         self.probing.load_state_dict(state["probing"])
         self.method.load_state_dict(state["method_state"])
 

@@ -237,6 +237,7 @@ def _premises(engine: Engine) -> list[tuple[str, Any]]:
     named = {
         "the method": method,
         "weight_decay": engine.weight_decay,
+        "the limits": engine.guard.limits,
         "eps (write it in place)": engine.eps,
         "the scratch": engine.probing.grown,
         "the way pairs are evaluated": getattr(engine.probing, "reason", ""),

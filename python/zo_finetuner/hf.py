@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zo_finetuner.checkpoints import WholeCheckpoints
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
@@ -28,14 +29,14 @@ from zo_finetuner.recorder import Recorder
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
 
-class ZOTrainerMixin:
+class ZOTrainerMixin(WholeCheckpoints):
     """Keyword arguments besides the Trainer's own:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
-        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
-        "journal": PATH every step is written down there (`zo replay` rebuilds the weights of any step from it).  With
-        "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
-        then runs twice for a shape and not again.
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto",
+        "limits": Limits(clip=1.0)}.  With "journal": PATH every step is written down there (`zo replay` rebuilds the
+        weights of any step from it).  With "graphs": True steps are repeated as CUDA graphs, one for each shape of a
+        window: `compute_loss` or objective then runs twice for a shape and not again.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
         None: the Trainer's own `compute_loss`.
     """

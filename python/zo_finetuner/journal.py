@@ -23,11 +23,13 @@ from typing import Any
 import numpy
 
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.reading import decode, open_file, parse_json
 
 MAGIC = b"ZOJOURNL"
 FORMAT_VERSION = 1
 FINITE, FLUSHED = 1, 2  # bits of a record's flags
 KINDS = ("sum", "rerun")
+LIMITS = {"clip", "explosion", "max_skipped"}
 MOST_HEADER, MOST_BYTES = 64 << 20, 16 << 30  # of a header; of a file: 100,000 steps of 10,000 scales are 2 GiB
 _MOST = 1 << 20  # of anything in a record
 _PREFIX = len(MAGIC) + 8
@@ -69,8 +71,9 @@ class Header:
     the centre; fixed_scales: hexadecimal fp16 of a constant scale of every block.
 
     tensors: (name, id, shape, dtype) of every block in order.  fingerprint: of the base model (`cards.fingerprint`).
-    method: what `make_method` takes besides the model, empty for one made by hand.  run: what the caller says of data
-    and schedule.  parent: of a branch, the journal and the step that it starts from."""
+    limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by
+    hand.  run: what the caller says of data and schedule.  parent: of a branch, the journal and the step that it starts
+    from."""
 
     kind: str
     layout: dict[str, int]
@@ -90,6 +93,7 @@ class Header:
     trail: list[list[int]] = field(default_factory=list)
     fixed_scales: str = ""
     first_step: int = 0
+    limits: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] = field(default_factory=dict)
@@ -145,19 +149,13 @@ class Journal:
 def read_journal(path: str | os.PathLike) -> Journal:
     """Header and records, all checked.  Raises InputError naming the file, and the key or the record and its byte."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: is larger than {MOST_BYTES} bytes: that is no journal")
-        with path.open("rb") as stream:
+        with open_file(path, MOST_BYTES) as stream:
             header = _read_header(path, stream)
             start = stream.tell()
             body = stream.read()
     except MemoryError:
         raise InputError(f"{path}: does not fit in memory") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     size = header.record.size
     count = len(body) // size
     good = _good_records(body, size, count)
@@ -204,11 +202,8 @@ def _read_header(path: Path, stream: Any) -> Header:
         raise InputError(f"{path}: ends inside its header: the run stopped before its first step was journalled")
     if zlib.crc32(prefix + text) != int.from_bytes(checksum, "little"):
         raise InputError(f"{path}: its header is damaged (checksum)")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its header is not JSON ({error})") from None
-    return _checked(path, values)
+    place = f"{path}: its header"
+    return _checked(path, parse_json(decode(text, place), place, "it was not written by zo-finetuner"))
 
 
 def _checked(path: Path, values: Any) -> Header:
@@ -218,7 +213,7 @@ def _checked(path: Path, values: Any) -> Header:
         raise InputError(f"{path}: its header is a {type(values).__name__}, not a dictionary")
     for key in values:
         if key not in known:
-            raise InputError(f"{path}: unknown key {key[:80]!a} in its header{nearest(key, known)}")
+            raise InputError(f"{path}: unknown key {key[:80]!a} in its header{nearest(key[:80], known)}")
     for key, entry in known.items():
         if key not in values and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise InputError(f'{path}: its header has no "{key}"')
@@ -266,6 +261,9 @@ def _problem(header: Header) -> str:
                 and isinstance(tensor[2], list) and all(type(size) is int and size >= 0 for size in tensor[2])
                 and isinstance(tensor[3], str)):  # fmt: skip
             return f"a tensor {str(tensor)[:200]!a}"
+    if not header.limits.keys() <= LIMITS or not all(_fits("float", limit) and limit >= 0
+                                                     for limit in header.limits.values()):  # fmt: skip
+        return f"unknown limits {str(header.limits)[:200]!a}"
     blocks = len(header.tensors)
     if len(set(header.names)) != blocks or len(set(header.ids.values())) != blocks:
         return "two tensors of one name or id"

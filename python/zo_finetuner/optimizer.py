@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zo_finetuner.engine import Engine, LossFn, LossOf
 from zo_finetuner.errors import require_positive
 from zo_finetuner.graphs import Capturer, GraphedSteps
+from zo_finetuner.guards import Limits
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import PRESETS, Preset, make_method
 from zo_finetuner.optim.mezo import MeZO
@@ -42,6 +43,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        limits: Limits | None = None,
         graphs: bool | Capturer = False,
         journal: str | os.PathLike | Recorder | None = None,
     ):
@@ -55,6 +57,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             seed=seed,
             probing=probing,
             weight_decay=weight_decay,
+            limits=limits,
             blocks=blocks,
             journal=Recorder(journal) if isinstance(journal, str | os.PathLike) else journal,
         )
@@ -112,6 +115,7 @@ def create_zo_optimizer(
     seed: int = 0,
     probing: str = "auto",
     weight_decay: float = 0.0,
+    limits: Limits | None = None,
     graphs: bool | Capturer = False,
     journal: str | os.PathLike | Recorder | None = None,
     **arguments: Any,
@@ -124,6 +128,6 @@ def create_zo_optimizer(
     preset = PRESETS[optimizer] if named else Preset(type(method))
     lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
     return ZOOptimizer(
-        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs,
-        journal=journal,
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, limits=limits,
+        graphs=graphs, journal=journal,
     )  # fmt: skip

@@ -120,7 +120,7 @@ class Recorder:
             weight_decay=float(engine.weight_decay), dist=plan.dist, probing=engine.probing.mode,
             **here(engine.device), noise_contract=NOISE_VERSION, fingerprint=self._fingerprint, tensors=tensors,
             method_name=engine.method.name, terms=plan.terms, trail=plan.trail, fixed_scales=plan.fixed_scales,
-            first_step=engine.step_count, method=engine.method.recipe, run=self.run,
+            first_step=engine.step_count, limits=asdict(engine.guard.limits), method=engine.method.recipe, run=self.run,
         )  # fmt: skip
 
 

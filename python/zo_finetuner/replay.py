@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from zo_finetuner.cards import fingerprint, same_shapes
 from zo_finetuner.engine import Engine, Given
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import InputError, UnstableRun
+from zo_finetuner.guards import Limits
 from zo_finetuner.journal import FLUSHED, Header, Journal
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import make_method
@@ -69,7 +70,7 @@ def engine_of(model: nn.Module, journal: Journal, method: Method | None = None) 
         except TypeError as error:
             raise InputError(f"{journal.path}: its method cannot be made again ({error})") from None
     engine = Engine(model, method, eps=header.eps, seed=header.seed, weight_decay=header.weight_decay,
-                    probing="auto" if method.low_rank else header.probing)  # fmt: skip
+                    limits=Limits(**header.limits), probing="auto" if method.low_rank else header.probing)  # fmt: skip
     engine.step_count = header.first_step
     return engine
 
@@ -87,7 +88,10 @@ def rerun(
         for record, given in zip(records, losses, strict=True):
             if record["flags"] & FLUSHED:
                 engine.flush()
-            engine.begin(float(record["lr"]))
+            try:
+                engine.begin(float(record["lr"]))
+            except UnstableRun:  # here the run was stopped, and then gone on with
+                engine.begin(float(record["lr"]))
             engine.compute(Given(given))
             engine.end()
             if progress is not None:

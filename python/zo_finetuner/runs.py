@@ -5,15 +5,15 @@ A run that goes on, or was cut off, has no result.json yet and is shown as far a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo_finetuner.config import read_yaml
 from zo_finetuner.errors import InputError
+from zo_finetuner.reading import MOST_JSON, parse_json, read_object, read_text, shown
+from zo_finetuner.yaml_file import read_yaml
 
 #: Settings that say where and when and not what.
 ASIDE = ("output_dir", "seed", "resume", "overwrite", "save_model", "checkpoints", "report_to")
@@ -70,49 +70,30 @@ def read_run(folder: Path) -> Run:
     """Raises InputError of one line for a folder that holds no run, and for a file of it that is broken."""
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; give one that `zo train` wrote")
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").exists():
         raise InputError(f"{folder}: holds no run (there is no config.yaml); give a folder that `zo train` wrote")
-    config = read_yaml(folder / "config.yaml")
-    history = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    result = _object(_text(folder / "result.json"), str(folder / "result.json")) if _has_result(folder) else {}
-    return Run(str(folder), config, history, result)
+    log, result = folder / "log.jsonl", folder / "result.json"
+    return Run(
+        str(folder),
+        read_yaml(folder / "config.yaml"),
+        read_log(log) if log.exists() else [],
+        read_object(result, "give a run whose files are whole", finite=False) if result.exists() else {},
+    )
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log.jsonl.  A last line without an end is being written, and left out.  Raises InputError naming
     the line."""
-    *lines, _ = _text(path).split("\n")
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            entry = _object(line, f"{path}:{number}")
-            if isinstance(entry.get("step"), bool) or not isinstance(entry.get("step"), int):
-                raise InputError(f'{path}:{number}: "step" must be a whole number, got {entry.get("step")!r:.80}')
-            entries.append(entry)
-    return entries
+    lines = read_text(path, MOST_JSON).split("\n")[:-1]
+    return [_entry(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _has_result(folder: Path) -> bool:
-    return (folder / "result.json").exists()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON ({str(error):.80})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: must hold an object, not a {type(value).__name__}")
-    return value
+def _entry(line: str, place: str) -> dict[str, Any]:
+    entry = parse_json(line, place, "take the line away", finite=False)
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise InputError(f'{place}: must be an object with a whole number as "step", got {shown(line)}')
+    return entry
 
 
 def is_finite(value: Any) -> bool:

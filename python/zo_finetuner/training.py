@@ -2,14 +2,13 @@
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
 config.yaml (as resolved), journal.zoj (every step), log.jsonl, model/ (best on dev), checkpoint-N/, report.html,
-curve.png, and last of all result.json.
+curve.png, and last of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from zo_finetuner.config import RunConfig
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
-from zo_finetuner.files import make_folder, write_json, write_text
+from zo_finetuner.files import whole_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
+from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.report_page import PAGE, PICTURE, write_report
+from zo_finetuner.run_folder import JOURNAL, RunFolder
 from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
-
-JOURNAL = "journal.zoj"
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
@@ -57,8 +55,14 @@ class TaskTrainer(ZOTrainerMixin, Trainer):
 def train(config: RunConfig) -> dict[str, Any]:
     """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
     config.check()
-    out = Path(config.output_dir)
-    checkpoint = _check_output(out, config)
+    with RunFolder(Path(config.output_dir), config.resume, config.overwrite) as folder:
+        return _train(config, folder)
+
+
+def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    out = folder.path
+    folder.require_same(dataclasses.asdict(config))
+    checkpoint = folder.last_checkpoint()
     work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
@@ -74,9 +78,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     require_goes(config.probing, method)
 
-    if config.overwrite and out.exists() and checkpoint is None:
-        _remove_run(out)
-    make_folder(out)
+    folder.open()
     if checkpoint is None:
         (out / JOURNAL).unlink(missing_ok=True)
     write_text(out / "config.yaml", config.to_yaml())
@@ -93,7 +95,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     trainer = _trainer(config, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
     _say("after", after, work.metric)
@@ -120,8 +124,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
     }
     if config.save_model:
-        trainer.save_model(str(out / "model"))
-        tokenizer.save_pretrained(str(out / "model"))
+        with whole_folder(out / "model") as saved:
+            trainer.save_model(str(saved))
+            tokenizer.save_pretrained(str(saved))
     write_report([Run(str(out), result["config"], trainer.state.log_history, result)], out / PAGE, out / PICTURE)
     write_json(out / "result.json", result)
     return result
@@ -170,6 +175,7 @@ def _trainer(
         tokenizer=tokenizer,
         zo={
             "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "limits": config.limits(),
             "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
             if config.journal else None,
         },  # fmt: skip
@@ -187,27 +193,6 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     if choice == "always" and not can:
         raise InputError(f"graphs always: the model is on {', '.join(sorted(devices))}; CUDA graphs need one GPU")
     return can and choice != "never"
-
-
-def _check_output(out: Path, config: RunConfig) -> str | None:
-    """The checkpoint to resume from, if any.  Raises InputError rather than touch an earlier run."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output_dir {out}: is a file")
-    held = out.is_dir() and any((out / name).exists() for name in ("config.yaml", "result.json"))
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if config.resume:
-        return checkpoint
-    if (held or checkpoint) and not config.overwrite:
-        raise InputError(f"output_dir {out}: holds a run; choose another, or give --resume or --overwrite")
-    return None
-
-
-def _remove_run(out: Path) -> None:
-    """Take away an earlier run's own files, and nothing else that lies in the folder."""
-    for path in [*out.glob("checkpoint-*"), out / "model"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", PAGE, PICTURE, JOURNAL):
-        (out / name).unlink(missing_ok=True)
 
 
 def _saved_before(out: Path) -> dict[str, float] | None:
