@@ -17,7 +17,6 @@ from typing import Any
 
 from zo_finetuner.errors import InputError
 
-
 #: Verb -> what `--help` shows below its flags.
 EXAMPLES = {
     "train": "zo train --model meta-llama/Llama-3.2-1B --task sst2 --optimizer mezo --steps 20000 --output-dir runs/a",

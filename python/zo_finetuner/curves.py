@@ -204,7 +204,7 @@ def draw(axes: Any, panel: Panel) -> None:
         "line": {"linewidth": 1.5},
         "dashed": {"linewidth": 1.5, "linestyle": "--"},
         "points": {"linewidth": 1.5, "marker": "o", "markersize": 3},
-        "thin": {"linewidth": 0.7, "alpha": 0.5},
+        "thin": {"linewidth": 0.8, "alpha": 0.55},
         "faint": {"linewidth": 0.8, "alpha": 0.3},
     }
     for line in panel.lines:
@@ -218,7 +218,7 @@ def draw(axes: Any, panel: Panel) -> None:
     axes.set_xlabel(panel.x)
     axes.margins(x=0.02)
     values = [value for line in panel.lines for value in line.y if value > 0]
-    if panel.logarithmic and max(values) > 10 * min(values):
+    if panel.logarithmic and values and max(values) > 10 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0) if max(values) < 1e3 * min(values) else (1.0,)))
         axes.yaxis.set_minor_locator(ticker.NullLocator())

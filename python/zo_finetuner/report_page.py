@@ -90,6 +90,9 @@ def summary(runs: Sequence[Run]) -> list[str]:
     if not done:
         return ["No run has ended yet." if len(runs) > 1 else f"Not ended: {runs[0].steps} of "
                 f"{escape(str(runs[0].config.get('steps', '?')))} steps are in the log."]  # fmt: skip
+    rows = [name for name in differing(runs) if name in ("task", "data", "num_eval", "data_seed", "max_length")]
+    if rows:
+        return [f"The runs differ in {', '.join(rows)}: their test losses do not compare."]
     best = min(done, key=lambda run: run.result["eval_loss_after"])
     r = best.result
     metric = escape(str(r.get("metric")))

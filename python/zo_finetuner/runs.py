@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zo_finetuner.config import RunConfig
 from zo_finetuner.errors import InputError
 from zo_finetuner.reading import MOST_JSON, parse_json, read_object, read_text, shown
 from zo_finetuner.yaml_file import read_yaml
@@ -18,11 +19,14 @@ from zo_finetuner.yaml_file import read_yaml
 #: Settings that say where and when and not what.
 ASIDE = ("output_dir", "seed", "resume", "overwrite", "save_model", "checkpoints", "report_to")
 
+#: Settings that name a run best.
+TELLING = ("optimizer", "lr", "eps", "set", "pertnn", "batch_size", "model", "task", "data")
+
 
 @dataclass(frozen=True)
 class Run:
-    """config: as resolved.  history: the Trainer's log, an entry with a `step` each.  result: what result.json holds,
-    empty where there is none yet."""
+    """config: as resolved, settings that came later at their defaults.  history: the Trainer's log, an entry with a
+    `step` each.  result: what result.json holds, empty where there is none yet."""
 
     name: str
     config: dict[str, Any]
@@ -75,7 +79,7 @@ def read_run(folder: Path) -> Run:
     log, result = folder / "log.jsonl", folder / "result.json"
     return Run(
         str(folder),
-        read_yaml(folder / "config.yaml"),
+        asdict(RunConfig()) | read_yaml(folder / "config.yaml"),
         read_log(log) if log.exists() else [],
         read_object(result, "give a run whose files are whole", finite=False) if result.exists() else {},
     )
@@ -111,22 +115,34 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(repr({k: v for k, v in sorted(run.config.items()) if k not in ASIDE}), []).append(run)
-    varied = [name for name in differing(runs) if name not in ASIDE]
-    made = [Group(_label(found, varied), tuple(found)) for found in groups.values()]
-    labels = [group.label for group in made]
-    if len(set(labels)) == len(labels):
-        return made
-    return [Group(group.runs[0].name, group.runs) for group in made]
+    found = list(groups.values())
+    return [Group(label, tuple(members)) for label, members in zip(_labels(found), found, strict=True)]
 
 
-def _label(runs: Sequence[Run], varied: Sequence[str]) -> str:
-    """`es, lr 0.001`; the name of the folder where nothing differs or the text gets too long."""
-    config = runs[0].config
-    parts = [f"{config.get(name)}" if name == "optimizer" else f"{name} {brief(config.get(name))}" for name in varied]
-    text = ", ".join(parts)
-    if not 0 < len(text) <= 60:
-        text = Path(runs[0].name).name
-    return f"{text} ({len(runs)} seeds)" if len(runs) > 1 else text
+def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """`es, lr 0.001`: as few settings as tell the groups apart, the most telling ones first; where that gets too long,
+    and of a single run, the folder's name."""
+    first = [group[0] for group in groups]
+    if len(groups) == 1 and len(groups[0]) > 1:
+        return [f"{brief(first[0].config.get('optimizer'))} ({len(groups[0])} seeds)"]
+    varied = [name for name in differing(first) if name not in ASIDE]
+    varied.sort(key=lambda name: TELLING.index(name) if name in TELLING else len(TELLING))
+    named: list[str] = []
+    texts = [""] * len(first)
+    for name in varied:
+        more = [_parts(run, [*named, name]) for run in first]
+        if len(set(more)) > len(set(texts)):
+            named, texts = [*named, name], more
+    if not named or max(map(len, texts)) > 60:
+        texts = [Path(run.name).name for run in first]
+        texts = texts if len(set(texts)) == len(texts) else [run.name for run in first]
+    counts = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in groups]
+    return [text + count for text, count in zip(texts, counts, strict=True)]
+
+
+def _parts(run: Run, names: Sequence[str]) -> str:
+    values = [brief(run.config.get(name)) for name in names]
+    return ", ".join(v if n == "optimizer" else f"{n} {v}" for n, v in zip(names, values, strict=True))
 
 
 def brief(value: Any) -> str:
