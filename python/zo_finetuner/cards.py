@@ -14,6 +14,7 @@ from torch import nn
 
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.pertnn import INPUTS
+from zo_finetuner.quantised import parts
 from zo_finetuner.reading import is_plain, parse_json, shown
 from zo_finetuner.scale_net import FEATURES
 from zo_kernels import NOISE_VERSION
@@ -125,7 +126,8 @@ def fingerprint(model: nn.Module) -> str:
     shapes, weights = hashlib.blake2s(digest_size=8), hashlib.blake2s(digest_size=8)
     for name, parameter in model.named_parameters():
         shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        weights.update(parameter.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
+        for part in parts(parameter.detach()):
+            weights.update(part.flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
     return f"shapes:{shapes.hexdigest()} weights:{weights.hexdigest()}"
 
 

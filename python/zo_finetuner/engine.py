@@ -31,10 +31,12 @@ from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
+from zo_finetuner.ranks import Ranks
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.step_inputs import StepInputs
 from zo_finetuner.tangent import directional_derivative
 from zo_finetuner.update import guarded
+from zo_finetuner.window import as_window, flat, total
 from zo_kernels import NOISE_VERSION, Blocks, block_stats
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Engine:
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
     limits: which steps are clipped or skipped, and when a run stops.
     journal: where every step is written down (`journal.py`), None for nowhere.
+    ranks: the processes that take the steps together (`ranks.py`), each with its own rows or probes.
 
     Raises InputError for eps that is not positive and finite, a method whose state does not fit or that cannot be
     probed so, and what `trainable_blocks` raises.
@@ -81,13 +84,16 @@ class Engine:
         limits: Limits | None = None,
         blocks: Blocks | None = None,
         journal: Recorder | None = None,
+        ranks: Ranks | None = None,
     ):
         require_positive("eps", eps, "; 1e-3 is usual")
         require_not_negative("weight_decay", weight_decay)
-        self.model, self.method = model, method
+        self.model, self.method, self.ranks = model, method, ranks
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
         self.parameters = [parameters[name] for name in self.blocks.names]
+        if ranks is not None:
+            probing = ranks.probing(probing, method)
         self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
@@ -108,7 +114,8 @@ class Engine:
 
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
         """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
-        times more before it trusts a kind of model call.  Returns the mean of the probes' losses (0-dim fp32, on the
+        times more before it trusts a kind of model call.  It returns a loss, or the window of losses and weights that
+        `window.py` describes.  Returns the mean of the probes' losses (0-dim fp32, on the
         device), NaN when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
@@ -129,6 +136,8 @@ class Engine:
         """Before a step: checks, what was to be told of the step before, and the step's inputs."""
         self._require_unmoved()
         self.guard.report(self.step_count)
+        if self.ranks is not None:
+            self.ranks.require_replicas(self.blocks, self.step_count)
         if self.journal is not None:
             self.journal.before(self)
         self.inputs.fill(lr, self.seed, self.step_count)
@@ -149,10 +158,8 @@ class Engine:
             if self.step_count == 0 and not isinstance(loss_fn, Given):
                 self._report_share(request)
             while not isinstance(request, Update):
-                losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
-                if not isinstance(loss_fn, Given):
-                    self.probing.rehearse(request, losses, loss_fn)
-                asked, told = [*asked, *request], [*told, torch.hstack(losses)]
+                losses = self._losses(request, loss_fn)
+                asked, told = [*asked, *request], [*told, losses]
                 with phase("tell"):
                     request = self.method.tell(told[-1])
             with phase("update"):
@@ -193,18 +200,32 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn | Given) -> Tensor:
-        """A loss, 0-dim; of a `Slope` the loss and a derivative, (2,)."""
+    def _losses(self, request: list[Probe] | list[Slope], loss_fn: LossFn | Given) -> Tensor:
+        """Of all probes asked for, (probes,); a slope has two numbers.  Of several ranks each evaluates its share."""
         if isinstance(loss_fn, Given):
-            if isinstance(probe, Probe):
-                self.probing.pass_by(probe, following)
-            return loss_fn.take(2 if isinstance(probe, Slope) else 1)
+            return torch.hstack([self._pass_by(*probes, loss_fn) for probes in zip_longest(request, request[1:])])
+        mine = request if self.ranks is None else self.ranks.share(request)
+        windows = [self._evaluate(*probes, loss_fn) for probes in zip_longest(mine, mine[1:])]
+        losses = [total(window) for window in flat(windows)]
+        self.probing.rehearse(mine, losses, lambda: total(as_window(loss_fn(), self.device)))
+        return torch.stack(losses) if self.ranks is None else self.ranks.losses(request, windows)
+
+    def _pass_by(self, probe: Probe | Slope, following: Probe | None, given: Given) -> Tensor:
+        """A loss that is known, in place of its evaluation."""
+        if isinstance(probe, Probe):
+            self.probing.pass_by(probe, following)
+        return given.take(2 if isinstance(probe, Slope) else 1)
+
+    def _evaluate(
+        self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A loss or a window; of a `Slope` also its derivative."""
         if isinstance(probe, Slope):
             with phase("forward"):
                 return directional_derivative(self.model, self.blocks, probe.direction, loss_fn)
         with phase("probe"), self.probing.at(probe, following), phase("forward"):
             loss = loss_fn()
-        return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
+        return as_window(loss, self.device)
 
     def _apply(self, update: Update, ok: Tensor, before: dict[str, Tensor]) -> tuple[Update, Tensor | None]:
         """before: the method's memory as it was, which a step that is skipped gets back.  Returns what was applied: the

@@ -19,6 +19,10 @@ class UnstableRun(InputError):
     """A run that was stopped, since most of its steps could not be taken."""
 
 
+class RunStopped(RuntimeError):
+    """A run that cannot go on, through no fault of its input; what is on disk can be resumed."""
+
+
 def require_positive(name: str, value: float, hint: str = "") -> None:
     """InputError unless the value is above zero and finite."""
     if not (math.isfinite(value) and value > 0):

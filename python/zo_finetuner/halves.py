@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
 
 SHARED = ("cache_position", "logits_to_keep")  # arguments whose dimension 0 is not the batch's
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -101,6 +102,8 @@ class Halves:
         return tuple(tree_unflatten([half[sign] for half in halves], spec) for sign in (0, 1))
 
     def _split_output(self, value: Any, losses: bool) -> tuple[Any, Any]:
+        if isinstance(value, Cache):  # made inside, of PEFT's prefix
+            return None, None
         if not isinstance(value, Tensor):
             if not isinstance(value, PLAIN):
                 raise NotHalves(f"the model returns a {type(value).__name__}")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo_finetuner.adapters import Adapter, adapter_base, add_adapter, load_adapter
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.quantised import quantisation
 from zo_finetuner.reading import is_plain, read_object, shown
 from zo_finetuner.tensor_files import read_header
 
@@ -25,13 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16, random_weights: bool = False
+    source: str,
+    dtype: str = "auto",
+    *,
+    random_weights: bool = False,
+    quantize: str | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
 ) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
-    Hub id.
+    Hub id; or a folder with a saved adapter, which is put onto its base and may be trained on.
 
-    dtype: "auto" keeps the checkpoint's.  lora_rank > 0 wraps the model in a PEFT LoRA adapter, whose weights alone
-    are trained.  random_weights: see `random_model`; the folder needs a config and a tokenizer only.
+    dtype: "auto" keeps the checkpoint's.  random_weights: see `random_model`; the folder needs a config and a tokenizer
+    only.  quantize: one of `quantised.QUANTISATIONS`, for the base.  adapter, seed: see `adapters.add_adapter`; the
+    adapter's weights alone are then trained.
 
     A checkpoint goes to the GPU tensor by tensor from its memory-mapped files: the host holds pages of the files,
     which the kernel may drop, and at most a few tensors that are being cast.
@@ -39,8 +48,14 @@ def load_model(
     from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    base = adapter_base(source)
+    if base is not None:
+        if adapter is not None:
+            raise InputError(f"model {source}: is an adapter already; leave --adapter, or give its base {base}")
+        model, tokenizer = load_model(base, dtype, random_weights=random_weights, quantize=quantize)
+        return load_adapter(model, source).to(model.device).eval(), tokenizer
     if _is_local(source):
-        check_folder(Path(source), weights=not random_weights)
+        check_folder(Path(source), weights=not random_weights, integers=adapter is not None)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
@@ -50,9 +65,11 @@ def load_model(
         else:
             # Without a map the model is put together on the host, and cast there where dtypes differ.
             where = {"device_map": {"": device}} if device.type != "cpu" else {}
+            if quantize:
+                where["quantization_config"] = quantisation(quantize)
             model = _whole_model(source, dtype=dtype, **where)
-    if lora_rank:
-        model = _with_lora(model, lora_rank, lora_alpha).to(device)
+    if adapter is not None:
+        model = add_adapter(model, adapter, seed)
     return model.eval(), tokenizer
 
 
@@ -138,20 +155,9 @@ def _is_local(source: str) -> bool:
     return Path(source).exists() or source.startswith((".", "/", "~"))
 
 
-def _with_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError:
-        raise InputError("lora_rank is set, but peft is not installed: pip install peft") from None
-    try:
-        return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha))
-    except ValueError as error:
-        raise InputError(f"LoRA: {' '.join(str(error).split())[:300]}") from None
-
-
-def check_folder(folder: Path, weights: bool = True) -> None:
+def check_folder(folder: Path, weights: bool = True, integers: bool = False) -> None:
     """Raise InputError unless the folder holds a config, a tokenizer and whole safetensors files of floats (weights
-    False: no matter which)."""
+    False: no matter which; integers: or of a quantised base)."""
     _check_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
@@ -161,7 +167,7 @@ def check_folder(folder: Path, weights: bool = True) -> None:
     if not files:
         raise InputError(f"model {folder}: no .safetensors file; convert the weights with model.save_pretrained()")
     for file in files:
-        check_safetensors(file)
+        check_safetensors(file, integers)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -198,13 +204,13 @@ def _check_config(folder: Path) -> None:
                 raise InputError(f'{config}: "{name}" is {shown(value)}; at most {MOST_LAYERS:,} are built')
 
 
-def check_safetensors(file: Path) -> None:
-    """Raise InputError when the file is missing, shorter or longer than its header says, or holds integer weights.
-    Reads the header only."""
+def check_safetensors(file: Path, integers: bool = False) -> None:
+    """Raise InputError when the file is missing, shorter or longer than its header says, or holds integer weights that
+    are not allowed.  Reads the header only."""
     tensors = read_header(file).tensors
     integer = next((name for name, tensor in tensors.items() if tensor.dtype in INTEGER_DTYPES), None)
-    if integer is not None:
+    if integer is not None and not integers:
         raise InputError(
             f"{file}: tensor {integer} is {tensors[integer].dtype}: zeroth-order steps move floating weights; "
-            f"use the bfloat16 checkpoint, or train a LoRA adapter from Python (peft.get_peft_model)"
+            f"use the bfloat16 checkpoint, or train an adapter on it (--adapter lora)"
         )

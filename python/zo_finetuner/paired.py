@@ -39,6 +39,7 @@ from zo_finetuner.routes import Forward, rerouted
 from zo_finetuner.rows import forward_accepts, unwrap
 from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.stack import Frame
+from zo_finetuner.virtual_tokens import prompt_of_every_row
 from zo_kernels import Blocks
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class PairedProbing(ScratchProbing):
     def _run(self, forward: Forward, halves: Halves) -> tuple[Any, Any]:
         self.halves = halves
         try:
-            with _loss_per_half(unwrap(self.model), halves) as losses:
+            with _loss_per_half(unwrap(self.model), halves) as losses, prompt_of_every_row(self.model):
                 output = forward(*halves.args, **halves.kwargs)
         finally:
             self.halves = None

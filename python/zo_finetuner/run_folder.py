@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.zoj"
 OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", "report.html", JOURNAL)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
-FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs"}
+FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs",
+        "probe_ranks"}
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from zo_finetuner.agreement import agreed, data_facts, digest, exchange, model_facts, require_same
 from zo_finetuner.config import RunConfig
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
@@ -28,6 +30,7 @@ from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
+from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.report_page import PAGE, PICTURE, write_report
 from zo_finetuner.run_folder import JOURNAL, RunFolder
@@ -52,24 +55,33 @@ class TaskTrainer(ZOTrainerMixin, Trainer):
         return metrics
 
 
+@agreed()
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
+    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written.
+
+    Several processes run it together, the first of them writes."""
     config.check()
-    with RunFolder(Path(config.output_dir), config.resume, config.overwrite) as folder:
-        return _train(config, folder)
+    data_ranks = Ranks(config.probe_ranks).data if joined() else 1
+    shape = divided(config.batch_size, config.grad_accum, data_ranks)
+    folder = RunFolder(Path(config.output_dir), config.resume, config.overwrite) if leads() else nullcontext()
+    with folder as held:
+        return _train(config, shape, held)
 
 
-def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    out = folder.path
-    folder.require_same(dataclasses.asdict(config))
-    checkpoint = folder.last_checkpoint()
+def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) -> dict[str, Any]:
+    """shape: rows in a micro-batch and micro-batches in a window, of this process; folder: None unless it leads."""
+    out, checkpoint = Path(config.output_dir), None
+    if folder is not None:
+        folder.require_same(dataclasses.asdict(config))
+        checkpoint = folder.last_checkpoint()
+    checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
-        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        random_weights=config.random_weights,
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
     )
-    graphs = use_graphs(config.graphs, model)
+    graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
@@ -77,23 +89,28 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method)
+    work.rehearse(model, splits["train"][: config.batch_size], tokenizer)
 
-    folder.open()
-    if checkpoint is None:
-        (out / JOURNAL).unlink(missing_ok=True)
-    write_text(out / "config.yaml", config.to_yaml())
-    print(config.to_yaml(), end="", flush=True)
+    settings = {"settings of the run": digest(dataclasses.asdict(config))}
+    require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
+    if folder is not None:
+        folder.open()
+        if checkpoint is None:
+            (out / JOURNAL).unlink(missing_ok=True)
+        write_text(out / "config.yaml", config.to_yaml())
+        print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
-    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=True)
-    before = _saved_before(out) if checkpoint else None
+    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
+    before = exchange(_saved_before(out) if checkpoint else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
-        write_json(out / "before.json", before)
+        if leads():
+            write_json(out / "before.json", before)
     _say("before", before, work.metric)
 
-    trainer = _trainer(config, out, model, tokenizer, work, splits, method, graphs)
+    trainer = _trainer(config, shape, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
     with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
         trainer.add_callback(stop)
@@ -123,6 +140,10 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "data": work.facts() | {"rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
     }
+    if engine.ranks is not None:
+        result["ranks"] = engine.ranks.traffic()
+    if not leads():
+        return result
     if config.save_model:
         with whole_folder(out / "model") as saved:
             trainer.save_model(str(saved))
@@ -133,16 +154,16 @@ def _train(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _trainer(
-    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, work: Workload, splits: dict[str, list[Encoded]],
-    method: Method, graphs: bool,
+    config: RunConfig, shape: tuple[int, int], out: Path, model: nn.Module, tokenizer: Any, work: Workload,
+    splits: dict[str, list[Encoded]], method: Method, graphs: bool,
 ) -> TaskTrainer:
     every = config.eval_steps or max(1, config.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=shape[0],
         per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=shape[1],
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
@@ -175,9 +196,9 @@ def _trainer(
         tokenizer=tokenizer,
         zo={
             "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
-            "limits": config.limits(),
+            "limits": config.limits(), "probe_ranks": config.probe_ranks,
             "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
-            if config.journal else None,
+            if config.journal and leads() else None,
         },  # fmt: skip
         objective=work.objective(tokenizer),
         callbacks=[LogFile(out / "log.jsonl"), Progress()],
@@ -217,4 +238,6 @@ def _best_step(trainer: Trainer) -> int | None:
 
 
 def _say(when: str, values: dict[str, float], metric: str) -> None:
-    print(f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows", flush=True)
+    if leads():
+        said = f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows"
+        print(said, flush=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from zo_kernels import noise as contract
 from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.forms import Form
+from zo_kernels.passes import one_by_one
 from zo_kernels.rounding import fma, round_stochastic, sqrt
 
 CHUNK = 1 << 20  # elements at a time: the int64 words of a chunk take 64 MB
@@ -131,14 +132,7 @@ def replay_(
     stochastic: Sequence[bool],
     dist: str,
 ) -> None:
-    first = 0
-    for p, count in enumerate(passes):
-        these = slice(first, first + count)
-        first += count
-        axpy_(
-            blocks, seeds[these], coefs[these], scale[these] if scale is not None and scale.dim() == 2 else scale,
-            None if decays is None else decays[p], rounding_seeds[p] if stochastic[p] else None, dist, None,
-        )  # fmt: skip
+    one_by_one(axpy_, blocks, seeds, coefs, scale, passes, decays, rounding_seeds, stochastic, dist)
 
 
 def update_state_(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton.language as tl
@@ -24,6 +25,7 @@ from zo_kernels.rules import RULES
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
+from zo_kernels.triton_kernels.replay import replay_kernel
 from zo_kernels.triton_kernels.scratch import scratch_kernel
 from zo_kernels.triton_kernels.states import VISITS, state_kernel
 from zo_kernels.triton_kernels.statistics import statistics_kernel
@@ -319,14 +321,28 @@ def replay_(
     stochastic: Sequence[bool],
     dist: str,
 ) -> None:
-    first = 0
-    for p, count in enumerate(passes):
-        these = slice(first, first + count)
-        first += count
-        axpy_(
-            blocks, seeds[these], coefs[these], scale[these] if scale is not None and scale.dim() == 2 else scale,
-            None if decays is None else decays[p], rounding_seeds[p] if stochastic[p] else None, dist, None,
-        )  # fmt: skip
+    if not len(blocks):
+        return
+    tables, device = _tables(blocks), blocks.device
+    ends = torch.tensor(list(accumulate(passes)), dtype=torch.int64).to(device)
+    at_random = torch.tensor(stochastic, dtype=torch.int32).to(device)
+    with _on(device):
+        for group in tables.groups:
+            replay_kernel[(len(group.chunks),)](
+                tables.blocks,
+                group.chunks,
+                group.layouts,
+                scale,
+                _stride(scale, 1),
+                seeds,
+                coefs,
+                ends,
+                len(ends),
+                decays,
+                None if group.dtypes == (tl.float32,) else rounding_seeds,
+                at_random,
+                **_options(group, dist),
+            )
 
 
 def update_state_(
