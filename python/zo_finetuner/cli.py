@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--option-tokens", type=int, help="tokens of an answer (default: 1 in classification, else 16)")
     plan.add_argument("--optimizer", default="mezo")
     add_settings_flag(plan, "--set", "a setting of the optimizer, NAME=VALUE; as often as needed")
+    plan.add_argument("--adapter", choices=("lora", "dora"), help="plan for an adapter instead of the whole model")
+    plan.add_argument("--lora-rank", type=int, default=0, help="of the adapter (default: 8)")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
     plan.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="count what CUDA graphs of steps hold "
@@ -198,6 +200,7 @@ def _report(arguments: dict[str, Any]) -> None:
 
 
 def _plan(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.adapters import Adapter
     from zo_finetuner.config import parse_settings
     from zo_finetuner.plan import make_plan, plan_devices
     from zo_finetuner.plan_report import as_json, report
@@ -208,7 +211,8 @@ def _plan(arguments: dict[str, Any]) -> None:
     if graphs is None:
         graphs = (arguments["device"] or "").casefold() != "cpu"
     named = {name: arguments[name] for name in asked}
-    plan = make_plan(arguments["model"], **named, settings=settings, graphs=graphs)
+    adapter = Adapter(arguments["adapter"], arguments["lora_rank"]) if arguments["adapter"] else None
+    plan = make_plan(arguments["model"], **named, settings=settings, graphs=graphs, adapter=adapter)
     devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
     print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 
