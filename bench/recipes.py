@@ -74,9 +74,10 @@ def _predict(out: Path, recipe: RunConfig, row: dict) -> int:
     row = row | {"device": f"{device.name} (predicted)"}
     del row["threads"]
     peak, step = (memory.inference, forwards) if prefix else (memory.peak, forwards + passes)
-    for metric, unit, value in (("time_s", "s", step), ("peak_bytes", "B", peak), ("adam_bytes", "B", 0 if prefix else memory.adam),
-                                ("inference_bytes", "B", memory.inference)):  # fmt: skip
-        append(out / "recipes.jsonl", row | {"metric": metric, "unit": unit} | spread([value]))
+    numbers = {"peak_bytes": peak, "inference_bytes": memory.inference, "adam_bytes": 0 if prefix else memory.adam}
+    append(out / "recipes.jsonl", row | {"metric": "time_s", "unit": "s"} | spread([step]))
+    for metric, value in numbers.items():
+        append(out / "recipes.jsonl", row | {"metric": metric, "unit": "B"} | spread([value]))
     print(f"predicted, {row['provider']}: {peak / 2**30:.2f} GiB, {step * 1e3:.0f} ms a step; Adam "
           f"{memory.adam / 2**30:.1f} GiB", flush=True)  # fmt: skip
     return 0

@@ -25,8 +25,10 @@ from safetensors.torch import save
 from torch_files import NAMES, network
 
 from zo_finetuner.cards import RECIPES, Card
+from zo_finetuner.checkpoints import SUMS, is_whole, sums
 from zo_finetuner.config import resolve
 from zo_finetuner.data import load_splits
+from zo_finetuner.errors import InputError
 from zo_finetuner.journal import FORMAT_VERSION, MAGIC, Header, Layout, read_journal
 from zo_finetuner.learning.checkpoint import STATE, saved_state
 from zo_finetuner.learning.show import describe_card, held_bytes, scales_to_show
@@ -38,6 +40,7 @@ from zo_finetuner.scale_net import ScaleNet
 from zo_finetuner.state_files import digest, write_state
 from zo_finetuner.tasks import get_task
 
+HEADER = save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(2, 4, dtype=torch.bfloat16)})
 Files = st.SearchStrategy[dict[str, bytes]]
 
 
@@ -189,6 +192,7 @@ STATE_TREE = {
 }  # fmt: skip
 
 
+@lru_cache  # of two texts of metadata safetensors writes either first
 def state_file() -> bytes:
     with TemporaryDirectory() as folder:
         write_state(Path(folder) / STATE, STATE_TREE)
@@ -210,6 +214,37 @@ def states(draw: Any) -> bytes:
 
 def read_saved(folder: Path) -> None:
     saved_state(folder, STATE_TREE["settings"], resume=True, overwrite=False)
+
+
+# --- checkpoints of the Trainer ---
+
+
+@lru_cache
+def checkpoint_files() -> dict[str, bytes]:
+    """What a checkpoint has, and its sums."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": {0: torch.ones(3)}}, folder / file)
+        (folder / "model.safetensors").write_bytes(HEADER)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": [{"loss": 1.5}]}))
+        (folder / SUMS).write_text(json.dumps(sums(folder)))
+        return contents(folder)
+
+
+@st.composite
+def checkpoint_folders(draw: Any) -> dict[str, bytes]:
+    """One file of a checkpoint broken, or none."""
+    files = checkpoint_files()
+    name = draw(st.sampled_from(sorted(files)))
+    return files | {name: draw(mangled(files[name]) | st.just(files[name]))}
+
+
+def read_checkpoint(folder: Path) -> None:
+    if not is_whole(folder):
+        raise InputError(f"{folder}: is not whole")
+    same = {name: data for name, data in contents(folder).items() if name != SUMS}  # whose spelling may be another
+    assert same.items() <= checkpoint_files().items(), "a checkpoint that was changed is taken for a whole one"
 
 
 # --- texts ---
@@ -290,7 +325,6 @@ def read_texts(folder: Path) -> None:
 
 # --- folders of models ---
 
-HEADER = save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(2, 4, dtype=torch.bfloat16)})
 INDEX = {"metadata": {"total_size": 32}, "weight_map": {"model.norm.weight": "w.safetensors", "b": "w.safetensors"}}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2,
           "num_attention_heads": 4, "vocab_size": 97, "rope_theta": 1e4, "tie_word_embeddings": True}  # fmt: skip
@@ -339,6 +373,7 @@ READERS = {
     },
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
     "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
+    "checkpoint": Reader(checkpoint_folders(), read_checkpoint),
     "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(
         file("x.yaml", sometimes_mangled(yaml_like())), lambda folder: resolve({"config": str(folder / "x.yaml")})

@@ -17,12 +17,14 @@ from zo_finetuner.cards import fingerprint
 from zo_finetuner.cli import main
 from zo_finetuner.config import resolve
 from zo_finetuner.errors import InputError
+from zo_finetuner.files import write_text
 from zo_finetuner.learning.text import read_documents
 from zo_finetuner.loading import check_folder, check_safetensors, load_model
 from zo_finetuner.optim import make_method
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn, save_pertnn
 from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_lines
 from zo_finetuner.scale_net import ScaleNet
+from zo_finetuner.training import _saved_before
 
 #: A file of every reader in `fuzzed.READERS`.
 FILES = {
@@ -224,6 +226,50 @@ def test_shards_lie_in_the_folder(tmp_path, name):
     refused(lambda: check_folder(tmp_path), f"{index}: tensor b is said to be in", "which is no file of this folder")
 
 
+def test_the_rest_of_a_folder_is_of_regular_files(base, tmp_path):
+    for path in (base[0] / "model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer_config.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    refused(lambda: load_model(str(tmp_path)), f"{tmp_path / 'tokenizer_config.json'}: is a pipe")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with (tmp_path / "tokenizer.json").open("wb") as stream:
+        stream.truncate(1 << 30)
+    refused(lambda: load_model(str(tmp_path)), "tokenizer.json: has 1,073,741,824 bytes; at most")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, ('"num_hidden_layers" is 1000000000; at most 1,024',)),
+        ({"num_hidden_layers": 3}, ("tensor model.layers.2.input_layernorm.weight is not in its files (9 ",)),
+        ({"hidden_size": 1 << 20}, ("have other shapes than config.json asks for",)),
+        ({"vocab_size": 1 << 40}, ("",)),
+        ({"hidden_size": "x"}, ("cannot be loaded",)),
+        ({"_attn_implementation": "somebody/kernels"}, ("asks for code from the Hub (somebody/kernels)",)),
+        ({"auto_map": {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}, "model_type": "evil"}, ("",)),
+    ],
+)
+def test_configs_that_lie_about_the_weights(base, tmp_path, change, words):
+    for path in (base[0] / "model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught, bounded():
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert all(word in str(caught.value) for word in words) and not (tmp_path / "executed").exists()
+
+
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".x.json.{os.getpid()}.tmp").symlink_to(victim)
+    write_text(tmp_path / "x.json", "{}")
+    assert victim.read_text() == "mine" and contents(tmp_path) == {"victim": b"mine", "x.json": b"{}"}
+
+
 # --- cards that lie ---
 
 
@@ -344,3 +390,21 @@ def test_one_line_and_exit_code_2_and_nothing_is_written(base, tmp_path, monkeyp
     lines = [line for line in err.splitlines() if not line.startswith("zo: warning: ")]  # of few rows
     assert out == "" and len(lines) == 1 and lines[0].startswith("zo: error: ")
     assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", ("holds a list, not a JSON object",)),
+        ('{"loss": "1.5"}', ('"loss" is 1.5, not a number',)),
+        ('{"loss": 1.5, "accuracy": null, "n": 3}', ('"accuracy" is None, not a number',)),
+        ('{"loss": 1.5, "loss": 2.5}', ('key "loss" stands twice',)),
+    ],
+)
+def test_what_was_measured_before_is_measured_again(tmp_path, text, words):
+    assert _saved_before(tmp_path, "accuracy") is None
+    path = tmp_path / "before.json"
+    path.write_text(text)
+    refused(lambda: _saved_before(tmp_path, "accuracy"), f"{path}: ", *words, "remove the file, and it is measured")
+    path.write_text('{"loss": NaN, "accuracy": 0.5, "n": 3}')
+    assert _saved_before(tmp_path, "accuracy")["n"] == 3

@@ -1,4 +1,4 @@
-"""The command line: `zo train | report | eval | learn | show | plan | demo | convert | env`.
+"""The command line: `zo train | report | eval | learn | show | replay | diff | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -24,6 +24,8 @@ EXAMPLES = {
     "show": "zo show scales/learned.safetensors",
     "report": "zo report runs/a runs/b --output compared.html",
     "eval": "zo eval --model runs/a/model --task sst2 --output scores.json",
+    "replay": "zo replay meta-llama/Llama-3.2-1B runs/a/journal.zoj --to 5000 --out rebuilt",
+    "diff": "zo diff runs/a/journal.zoj runs/b/journal.zoj",
     "plan": "zo plan --model facebook/opt-30b --task sst2 --batch 16 --seq 256 --device H100",
     "demo": "zo demo --output-dir demo-out",
     "convert": "zo convert llama1b.pth llama1b.safetensors --base-model meta-llama/Llama-3.2-1B",
@@ -32,7 +34,8 @@ EXAMPLES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C)."""
+    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop and for journals that
+    differ, 130 after Ctrl-C)."""
     arguments = vars(_parser().parse_args(argv))
     run = arguments.pop("run")
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()
     try:
-        run(arguments)
+        return run(arguments) or 0
     except InputError as error:
         if leads:
             print(f"zo: error: {error}", file=sys.stderr)
@@ -54,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
@@ -75,6 +77,7 @@ def keep_large_buffers() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from zo_finetuner import journal_command
     from zo_finetuner.config import add_flags, add_settings_flag
     from zo_finetuner.learning.command import add_commands
     from zo_finetuner.loading import DTYPES
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_flags(verb("train", _train, "fine-tune a model on a task"))
     add_commands(verbs)
+    journal_command.add_commands(verbs)
 
     evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows, or on rows of your own")
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")
@@ -140,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("env", _env, "what this machine can do, what is missing, and the command that adds it")
     for name, added in verbs.choices.items():
-        added.epilog, added.formatter_class = f"example:\n  {EXAMPLES[name]}", argparse.RawDescriptionHelpFormatter
+        added.formatter_class = argparse.RawDescriptionHelpFormatter
+        added.epilog = f"example:\n  {EXAMPLES[name]}" if name in EXAMPLES else None
     return parser
 
 
