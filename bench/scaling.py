@@ -1,14 +1,16 @@
 """How far data-parallel steps scale: simulated to 1,000 workers from measured step times and the bytes that travel.
 
     step of N workers = the slowest of N draws of a worker's own step + collectives
-    ours              one all-gather of 8 bytes per probe and micro-batch:  latency * log2 N + (N - 1) * bytes / bandwidth
-    first order       for comparison an all-reduce of bf16 gradients, 2 latency * log2 N + 2 (N-1)/N * bytes / bandwidth,
-                      after 1.5 times the work (forward and backward are three forwards, ours two), nothing overlapped
+    ours              one all-gather of 8 bytes for every probe and micro-batch:
+                      latency * log2 N + (N - 1) * bytes / bandwidth
+    first order       for comparison, an all-reduce of bf16 gradients:
+                      2 latency * log2 N + 2 (N - 1) / N * bytes / bandwidth,  nothing overlapped, after 1.5 times the
+                      work (forward and backward are three forwards, ours are two)
 
-Weak scaling: each worker keeps its batch.  Efficiency: the rate of a worker among N, against one alone.  Assumed and not
-measured: the networks below, log-normal steps that are independent of each other, a spread of 3 % where the step is
-itself predicted.  What is measured: step times of a CPU and their spread (step.jsonl), and the gather between processes
-of this machine.  Rows: `efficiency` (p20 .. p80: of simulated steps), `gather_s`.
+Weak scaling: each worker keeps its batch.  Efficiency: the rate of a worker among N, against one alone.  Assumed and
+not measured: the networks below, log-normal steps that are independent of each other, a spread of 3 % where a step is
+itself predicted.  Measured: step times of a CPU and their spread (step.jsonl), and the gather between processes of this
+machine.  Rows: `efficiency` (p20 .. p80: of simulated steps), `gather_s`.
 """
 
 from __future__ import annotations
