@@ -17,6 +17,7 @@ MEASURED = {
     "train": ("bench.train", "`zo train` itself on OPT-30B's shape: seconds of a step, memory against evaluation"),
     "loading": ("bench.loading", "host memory that loading a 1B checkpoint takes, against its largest shard"),
     "plan": ("bench.planned", "what `zo plan` predicts of a step of 1B, 8B and 30B models on an H100 and an H200"),
+    "recipes": ("bench.recipes", "what `zo plan` predicts of every recipe, or a few steps of each on a small model"),
     "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
     "scaling": ("bench.scaling", "data-parallel steps simulated to 1,000 workers, from measured steps and bytes"),
     "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
