@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"zo: stopped: {error}; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from what was kept'}", file=sys.stderr)
         return 130
 
 
@@ -169,6 +169,9 @@ def _train(arguments: dict[str, Any]) -> None:
     print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
           f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
           f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+    if "ranks" in result:
+        print("{processes} processes: {sent_bytes_per_step:.1f} bytes sent by each in a step, "
+              "{received_bytes_per_step:.1f} received".format_map(result["ranks"]))
     leave()
 
 

@@ -83,7 +83,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         require_hub(config.push_to_hub)
     work = make_workload(config)
     model, tokenizer = load_base(config)
-    graphs = use_graphs(config.graphs, model) and not joined()
+    graphs = not joined() and use_graphs(config.graphs, model)
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
