@@ -169,6 +169,9 @@ def _train(arguments: dict[str, Any]) -> None:
     print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
           f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
           f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+    if "ranks" in result:
+        print("{processes} processes: {sent_bytes_per_step:.1f} bytes sent by each in a step, "
+              "{received_bytes_per_step:.1f} received".format_map(result["ranks"]))
     leave()
 
 
