@@ -1,5 +1,5 @@
-"""What a journal costs a step, and how fast a run is rebuilt from it: training with and without one in turns on the same
-batches, then the replay of that run, whose weights have to be those of the run.
+"""What a journal costs a step, and how fast a run is rebuilt from it: training with and without one in turns on the
+same batches, then the replay of that run, whose weights have to be those of the run.
 
 Rows, by phase: `train` and `train+journal` (seconds of a step), `journal` (seconds of a step spent on it, bytes),
 `replay` (seconds of a step).  `filled`: steps of batches with so many tokens; a replay does not see the batch.
