@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import lzma
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy
@@ -24,6 +26,7 @@ from mutations import edited, mangled, places, sometimes_mangled
 from safetensors.torch import save
 from torch_files import NAMES, network
 
+from zo_finetuner.adapters import Adapter
 from zo_finetuner.cards import RECIPES, Card
 from zo_finetuner.checkpoints import SUMS, is_whole, sums
 from zo_finetuner.config import resolve
@@ -34,6 +37,7 @@ from zo_finetuner.learning.checkpoint import STATE, saved_state
 from zo_finetuner.learning.show import describe_card, held_bytes, scales_to_show
 from zo_finetuner.learning.text import read_documents
 from zo_finetuner.loading import check_folder, check_safetensors, load_model
+from zo_finetuner.own.splits import load_own
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn
 from zo_finetuner.scale_net import ScaleNet
@@ -318,6 +322,39 @@ def text_files(draw: Any) -> dict[str, bytes]:
     return files | {name: draw(mangled(draw(made)) if name == "b.txt.xz" else sometimes_mangled(made))}
 
 
+OWN = [{"prompt": "is it good?", "completion": "yes", "n": 1}, {"prompt": "is it?", "completion": "no", "n": 2}] * 2
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@lru_cache
+def parquet() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    made = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OWN), made)
+    return made.getvalue()
+
+
+@st.composite
+def own_files(draw: Any) -> dict[str, bytes]:
+    """A user's rows, in one of the four kinds of files; the other files are whole."""
+    table = 'prompt,completion\n"is it, really?",yes\nis it?,no\na,b\n'
+    files = {"x.csv": table.encode(), "x.json": encoded(json.dumps(OWN)), "x.parquet": parquet(),
+             "x.jsonl": encoded(json.dumps(OWN[0])), "kind": b""}  # fmt: skip
+    name = draw(st.sampled_from(("x.csv", "x.json", "x.parquet", "x.jsonl")))
+    broken = {"x.csv": mangled(files["x.csv"]), "x.parquet": mangled(files["x.parquet"]) | st.just(files["x.parquet"]),
+              "x.json": sometimes_mangled(edited(OWN).map(encoded)),
+              "x.jsonl": sometimes_mangled(lines_like(CHAT) | lines_like(OWN[0]))}  # fmt: skip
+    return files | {name: draw(broken[name]), "kind": name.encode()}
+
+
+def read_own(folder: Path) -> None:
+    splits, _ = load_own(str(folder / (folder / "kind").read_text()), num_dev=1, num_eval=1)
+    for place, row in splits.train + splits.dev + splits.test:
+        assert str(folder) in place and repr(row)
+
+
 def read_texts(folder: Path) -> None:
     for document in read_documents(folder):
         document.encode()
@@ -364,6 +401,35 @@ def whole_folders(draw: Any) -> dict[str, bytes]:
     return files | {name: draw(sometimes_mangled(edited(json.loads(files[name])).map(encoded)))}
 
 
+@lru_cache
+def base_folder() -> Path:
+    """A tiny model on the disk, and an adapter beside it."""
+    folder = Path(mkdtemp(prefix="zo-fuzz-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    save_model(folder / "base")
+    model, _ = load_model(str(folder / "base"), adapter=Adapter(kind="lora"))
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+@st.composite
+def adapter_folders(draw: Any) -> dict[str, bytes]:
+    """A saved LoRA, of whose two files one is broken."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    files = {name: (base_folder() / "adapter" / name).read_bytes() for name in names}
+    if draw(st.booleans()):
+        return files | {names[1]: draw(safetensors_like(files[names[1]]))}
+    config = json.loads(files[names[0]]) | {"base_model_name_or_path": str(base_folder() / "base")}
+    return files | {names[0]: draw(sometimes_mangled(edited(config).map(encoded)))}
+
+
+def read_adapter(folder: Path) -> None:
+    try:
+        load_model(str(folder))
+    except InputError as error:  # the base that a broken config names is no file of the adapter's folder
+        raise InputError(f"{folder}: {error}") from None
+
+
 READERS = {
     **{
         f"learned scales, {kind}": Reader(
@@ -379,10 +445,12 @@ READERS = {
         file("x.yaml", sometimes_mangled(yaml_like())), lambda folder: resolve({"config": str(folder / "x.yaml")})
     ),
     "rows": Reader(row_files(), read_rows),
+    "own rows": Reader(own_files(), read_own),
     "texts": Reader(text_files(), read_texts),
     "weights": Reader(
         file("x.safetensors", safetensors_like(HEADER)), lambda folder: check_safetensors(folder / "x.safetensors")
     ),
     "model folder": Reader(folder_files(), lambda folder: check_folder(folder), with_tokenizer),
+    "adapter, loaded": Reader(adapter_folders(), read_adapter, cost=10),
     "model, loaded": Reader(whole_folders(), lambda folder: load_model(str(folder)), cost=10),
 }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import lzma
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from bounded import bounded, contents
 from fuzzed import CONFIG, HEADER, INDEX, READERS, learned, taken_apart
 from models import save_model, save_rows
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from zo_finetuner.adapters import Adapter
 from zo_finetuner.cards import fingerprint
 from zo_finetuner.cli import main
 from zo_finetuner.config import resolve
@@ -21,8 +23,10 @@ from zo_finetuner.files import write_text
 from zo_finetuner.learning.text import read_documents
 from zo_finetuner.loading import check_folder, check_safetensors, load_model
 from zo_finetuner.optim import make_method
+from zo_finetuner.own import files
+from zo_finetuner.own.files import read_source
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn, save_pertnn
-from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_lines
+from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_bytes, read_lines
 from zo_finetuner.scale_net import ScaleNet
 from zo_finetuner.training import _saved_before
 
@@ -97,6 +101,15 @@ def test_lines_are_never_held_beyond_the_limit(tmp_path):
     refused(lambda: next(read_lines(path)), "has 2,147,483,648 bytes; at most 1,073,741,824 are read")
 
 
+def test_a_file_is_read_into_no_more_memory_than_it_has(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"abc")
+    with bounded(64 << 20):
+        assert read_bytes(path, 1 << 30) == b"abc"
+    if os.path.exists("/proc/self/maps"):
+        refused(lambda: read_bytes(Path("/proc/self/maps"), 1 << 30), "/proc/self/maps: grows while it is read")
+
+
 def test_packed_text_is_unpacked_in_pieces(tmp_path):
     """1 GB of zeros in 150 KB, and a header that asks for 1.5 GB of memory."""
     path = tmp_path / "a.txt.xz"
@@ -169,6 +182,19 @@ def test_settings_that_are_not_what_they_seem(tmp_path, text, words):
     path = tmp_path / "c.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(lambda: resolve({"config": str(path)}), str(path), *words)
+
+
+def test_a_table_that_unpacks_to_more_than_it_may(tmp_path, monkeypatch):
+    """A value of 1 MB that 100 rows share takes a file of a few KB."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "x.parquet"
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100), pyarrow.array(["y" * 1_000_000]))
+    write_table(pyarrow.table({"text": shared}), path)
+    assert path.stat().st_size < 200_000
+    monkeypatch.setattr(files, "MOST_DATA", 10_000_000)
+    refused(lambda: read_source(str(path)), f"{path}: unpacks to more than 10,000,000 bytes")
 
 
 # --- tensors ---
@@ -260,6 +286,17 @@ def test_configs_that_lie_about_the_weights(base, tmp_path, change, words):
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "executed").exists()
+
+
+def test_an_adapter_with_a_tensor_less(base, tmp_path):
+    model, _ = load_model(str(base[0] / "model"), adapter=Adapter(kind="lora"))
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name, _ = tensors.popitem()
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(lambda: load_model(str(tmp_path)), f"{file}: tensor {name} is not in the file (1 are missing)")
 
 
 def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path):

@@ -38,6 +38,7 @@ from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.dispatch import backend
 from zo_kernels.forms import Form
 from zo_kernels.noise import DIRECTION, LOW_RANK, MASK
+from zo_kernels.parts import joined, parts_of
 
 
 def seed_tensor(seeds: int | Iterable[int], device: torch.device | str = "cpu") -> Tensor:
@@ -99,6 +100,14 @@ def update_(
     require_optional({"decay": decay}, torch.float32, blocks.device)
     require_optional({"rounding_seed": rounding_seed}, torch.int64, blocks.device)
     require_form(form, blocks)
+    parts = parts_of(blocks)
+    if parts:
+        made = [
+            update_(part.blocks, part.sent(seeds), part.sent(coefs), part.chosen(scale), decay=part.sent(decay),
+                    rounding_seed=part.sent(rounding_seed), dist=dist, stats=stats, form=part.formed(form))
+            for part in parts
+        ]  # fmt: skip
+        return joined(parts, made, blocks.device) if stats else None
     result = BlockStats.empty(len(blocks), blocks.device) if stats else None
     backend(blocks.device.type).axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, result, form)
     return result
@@ -119,6 +128,7 @@ def scratch(
     dist: str = "normal",
     stats: bool = False,
     form: Form | None = None,
+    offset: int = 0,
 ) -> BlockStats | None:
     """out = round(theta + sum_k coefs[k] * scale_k * z_k); theta is only read.
 
@@ -131,7 +141,8 @@ def scratch(
     stochastically (bits of the first seed) below; None: always nearest.
     Round-to-nearest in bf16 realises only 23 % of a perturbation of 1e-3 on a weight of 1.0.
     stats: return the statistics of theta, vectors of one value (not with rows, which read a part of it).
-    form: of the directions; its tensor is like theta, and is read by the same rows."""
+    form: of the directions; its tensor is like theta, and is read by the same rows.
+    offset: global index of theta's first element, of a shard (not with rows)."""
     require_scratch(theta, out, mirror, rows)
     if seeds.dim():
         require_directions(seeds, coefs, scale, (), theta.device, dist)
@@ -144,11 +155,13 @@ def scratch(
         require(rows, "rows", torch.int64, (rows.shape[0],), theta.device)
         if stats:
             raise ValueError("stats need all of theta, and rows read a part of it")
+        if offset:
+            raise ValueError("rows are numbered in a whole tensor: a shard has an offset instead")
     require_optional({"nearest_above": nearest_above}, torch.float32, theta.device)
     require_form(form, theta)
     result = BlockStats.empty(1, theta.device) if stats else None
     backend(theta.device.type).scratch(
-        theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, result, form
+        theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, result, form, offset
     )
     return result
 
@@ -196,6 +209,13 @@ def dot_noise(
     products in fp32, summed across chunks in fp64, in a fixed order.  stats: also the statistics of x."""
     blocks.refresh()
     require_directions(seeds, None, None, (len(blocks),), blocks.device, dist)
+    parts = parts_of(blocks)
+    if parts:
+        made = [dot_noise(part.blocks, part.sent(seeds), dist=dist, stats=True) for part in parts]
+        out = torch.empty((seeds.shape[0], len(blocks)), dtype=torch.float32, device=blocks.device)
+        for part, (dots, _) in zip(parts, made, strict=True):
+            out[:, part.index] = dots.to(blocks.device)
+        return (out, joined(parts, [own for _, own in made], blocks.device)) if stats else out
     out = torch.empty((seeds.shape[0], len(blocks)), dtype=torch.float32, device=blocks.device)
     result = BlockStats.empty(len(blocks), blocks.device) if stats else None
     backend(blocks.device.type).dot_noise(blocks, seeds, out, dist, result)
@@ -206,6 +226,9 @@ def dot_noise(
 def block_stats(blocks: Blocks) -> BlockStats:
     """Mean, unbiased variance, norm and non-finite count of every block, in one read; deterministic."""
     blocks.refresh()
+    parts = parts_of(blocks)
+    if parts:
+        return joined(parts, [block_stats(part.blocks) for part in parts], blocks.device)
     stats = BlockStats.empty(len(blocks), blocks.device)
     backend(blocks.device.type, "block_stats").block_stats(blocks, stats)
     return stats

@@ -97,10 +97,10 @@ class RunConfig:
     eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
     logging_steps: int = _option(10, "steps between logged losses")
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
-    resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
+    resume: bool = _option(False, "go on where the run in output_dir ended (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
     journal: bool = _option(True, "write every step to output_dir/journal.zoj, for `zo replay`")
-    checkpoints: bool = _option(True, "keep the best and the last weights on disk; without, a run ends with its last")
+    checkpoints: bool = _option(True, "end with the weights that were best on dev; without, with the last ones")
     save_model: bool = _option(True, "write the weights to output_dir/model at the end")
 
     def check(self) -> None:

@@ -35,9 +35,11 @@ def load_model(
     quantize: str | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
-    Hub id; or a folder with a saved adapter, which is put onto its base and may be trained on.
+    """(model in eval mode, tokenizer) on the device, by default the GPU, else the CPU.  source: a local folder in
+    Hugging Face format, or a Hub id; or a folder with a saved adapter, which is put onto its base and may be trained
+    on.
 
     dtype: "auto" keeps the checkpoint's.  random_weights: see `random_model`; the folder needs a config and a tokenizer
     only.  quantize: one of `quantised.QUANTISATIONS`, for the base.  adapter, seed: see `adapters.add_adapter`; the
@@ -57,7 +59,9 @@ def load_model(
         return load_adapter(model, source).to(model.device).eval(), tokenizer
     if _is_local(source):
         check_folder(Path(source), weights=not random_weights, integers=adapter is not None)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device is None:
+        gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

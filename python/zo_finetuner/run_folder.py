@@ -22,8 +22,8 @@ from zo_finetuner.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.zoj"
-OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL)
+JOURNAL, LOG = "journal.zoj", "log.jsonl"
+OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", JOURNAL, LOG)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs",
         "probe_ranks"}
@@ -57,10 +57,16 @@ class RunFolder:
             self._lock = None
 
     def open(self) -> None:
-        """Make it, lock it, and take away what --overwrite is meant for."""
+        """Make it, lock it, and take away what a killed run left unfinished, and what --overwrite is meant for."""
         make_folder(self.path)
         if self._lock is None:
             self._check()
+        for name in OWN_FILES:
+            for path in self.path.glob(f".{name}.*.tmp"):
+                path.unlink()
+        for name in (".model", ".checkpoint-*"):
+            for path in (*self.path.glob(f"{name}.unfinished"), *self.path.glob(f"{name}.old")):
+                shutil.rmtree(path, ignore_errors=True)
         if self.overwrite and not self.resume:
             self._clear()
 
@@ -70,7 +76,7 @@ class RunFolder:
         if not self.path.exists():
             return
         self._take_lock()
-        held = any((self.path / name).exists() for name in ("config.yaml", "result.json"))
+        held = any((self.path / name).exists() for name in ("config.yaml", "result.json", JOURNAL))
         if (held or checkpoints(self.path)) and not (self.resume or self.overwrite):
             raise InputError(f"output_dir {self.path}: holds a run; choose another, or give --resume or --overwrite")
 

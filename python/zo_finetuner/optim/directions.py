@@ -61,7 +61,7 @@ class Anchored:
         if rows is not None:
             theta, anchor = theta[rows], None if anchor is None else anchor[rows]
         ratio = self.ratio[block] if coef is None else self.ratio[block] + coef * self.step[block]
-        out.copy_(theta if anchor is None else torch.lerp(anchor.float(), theta.float(), ratio))
+        out.copy_(theta if anchor is None else torch.lerp(anchor.float(), theta.float(), ratio.to(theta.device)))
 
 
 Terms = list[tuple[Direction | Held, Tensor]]  # Held: low-rank updates only
@@ -95,6 +95,19 @@ class Stacked:
             form = form._replace(value=coefs.sum())
         return cls(seeds, coefs, scale, first.dist, form)
 
+    def on(self, device: torch.device) -> Stacked:
+        """The same with its scalars on a device where a part of the model lies; sent once."""
+        if device == self.seeds.device:
+            return self
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            form = self.form
+            if form is not None and form.value is not None:
+                form = form._replace(value=form.value.to(device))
+            scale = None if self.scale is None else self.scale.to(device)
+            copies[device] = Stacked(self.seeds.to(device), self.coefs.to(device), scale, self.dist, form)
+        return copies[device]
+
     @cached_property
     def _columns(self) -> Tensor | None:
         return self.scale if self.scale is None or self.scale.dim() == 1 else self.scale.t().contiguous()
@@ -109,12 +122,13 @@ class Stacked:
         own = self.form.of(block)
         return own._replace(state=own.state.view(-1)[: theta.numel()].view(theta.shape))
 
-    def displacement(self, theta: Tensor, tensor_id: int, block: int) -> Tensor:
-        """What it adds to theta (a block, or its leading elements): fp32, to the rounding of an fp32 theta."""
+    def displacement(self, theta: Tensor, tensor_id: int, block: int, offset: int = 0) -> Tensor:
+        """What it adds to theta (a block, or its leading elements; offset: global index of the first): fp32, to the
+        rounding of an fp32 theta."""
         theta = theta.float()
         out = torch.empty_like(theta)
         scratch(theta, out, tensor_id, self.seeds, self.coefs, self.scale_of(block), dist=self.dist,
-                form=self.form_of(block, theta))  # fmt: skip
+                form=self.form_of(block, theta), offset=offset)  # fmt: skip
         return out - theta
 
 

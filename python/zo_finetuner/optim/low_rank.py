@@ -54,6 +54,7 @@ class LowRank(Composed):
     limit: int = 0
 
     low_rank = True
+    whole_only = "its factors are of whole matrices"
     uniform = False  # a step that begins a subspace is another one
 
     def __post_init__(self) -> None:
