@@ -16,6 +16,8 @@ import mmap
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -215,3 +217,23 @@ def test_every_kill_is_recovered_from(base, tmp_path):
             "metric": "recovered bit-equal", "unit": "kills", **spread([float(count)]), "runs": number,
             "seconds": time.monotonic() - began, "cases": list(runs), "places": [*PLACES, "random times"],
         })  # fmt: skip
+
+
+@pytest.mark.skipif(not LONG, reason="starts an interpreter three times (ZO_LONG)")
+def test_a_process_of_its_own(base, tmp_path):
+    """The same without a fork: `python -m zo_finetuner.cli train`, killed once its journal has a few steps."""
+    argv = [sys.executable, "-m", "zo_finetuner.cli", *flags(base, tmp_path / "part", steps=200, eval_steps=50)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        while not (_has_header(tmp_path / "part" / "journal.zoj") and
+                   read_journal(tmp_path / "part" / "journal.zoj").steps > 3):  # fmt: skip
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "part" / "result.json").exists()
+        subprocess.run([*argv, "--resume"], stdout=log, stderr=log, check=True)
+        whole = [*argv[:3], *flags(base, tmp_path / "whole", steps=200, eval_steps=50)]
+        subprocess.run(whole, stdout=log, stderr=log, check=True)
+    ends = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("part", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -1,8 +1,8 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
-of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, model/ (best on dev), checkpoint-N/, report.html,
+curve.png, and last of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from zo_finetuner.agreement import agreed, data_facts, digest, exchange, model_facts, require_same
 from zo_finetuner.config import RunConfig
-from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
+from zo_finetuner.hub import push_run, require_hub
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
+from zo_finetuner.model_card import CardFacts, Result, write_card
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.positions import Position, ResumesFromJournal, best_of, take_best, why_not
 from zo_finetuner.probing import require_goes
@@ -35,7 +36,9 @@ from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.replay import branch_off
+from zo_finetuner.report_page import PAGE, PICTURE, write_report
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
+from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 AGAIN = "remove the file, and it is measured again"
@@ -76,9 +79,11 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     out = Path(config.output_dir)
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
+    if config.push_to_hub and leads():
+        require_hub(config.push_to_hub)
     work = make_workload(config)
     model, tokenizer = load_base(config)
-    graphs = use_graphs(config.graphs, model) and not joined()
+    graphs = not joined() and use_graphs(config.graphs, model)
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
@@ -158,8 +163,11 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         with whole_folder(out / "model") as saved:
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(str(saved))
-    draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
+            write_card(saved, engine, _facts(config, trainer, result))
+    write_report([Run(str(out), result["config"], history, result)], out / PAGE, out / PICTURE)
     write_json(out / "result.json", result)
+    if config.push_to_hub:
+        print(f"pushed to {push_run(out, config.push_to_hub)}", flush=True)
     return result
 
 
@@ -238,6 +246,21 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _facts(config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> CardFacts:
+    names = {"loss": "loss", "metric": result["metric"]}
+    results = [Result(named, result[f"eval_{name}_after"], result[f"eval_{name}_before"], result["eval_rows"])
+               for name, named in names.items()]  # fmt: skip
+    journal = trainer.zo_optimizer.engine.journal
+    if journal is not None:
+        journal.sync()
+    step = result["best_step"]
+    run = schedule_of(trainer.args) | {"weights": f"of step {step}, best on dev rows" if step else "of the last step"}
+    return CardFacts(
+        (config.push_to_hub or Path(config.output_dir).name).rpartition("/")[2], run, results,
+        config.task or Path(str(config.data)).name, None if journal is None else journal.path,
+    )
 
 
 def evaluates_every(config: RunConfig) -> int:
