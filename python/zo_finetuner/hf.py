@@ -188,6 +188,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
             numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
             logs |= {f"zo/{name}": value for name, value in numbers.items()}
+            logs["grad_norm"] = abs(numbers["projected_grad"])  # transformers 5.0 asks for no `_get_grad_norm`
         super().log(logs, *args, **kwargs)
 
 
