@@ -132,7 +132,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
-        self._speed.count(self._window)
+        self._speed.count(self._window, self._ranks.data if self._ranks else 1)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
