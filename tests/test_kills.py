@@ -78,7 +78,7 @@ PLACES = {
     "evaluation": (training.TaskTrainer, "evaluate", 3, before),
     "saving": (files, "_sync", 24, before),
     "result": (training, "write_json", 2, before),
-    "picture": (training, "draw_curves", 1, before),
+    "report": (training, "write_report", 1, before),
 }
 
 
@@ -148,7 +148,7 @@ class Runs:
                     first = int.from_bytes(self.live[:8], "little") or step + 1
                     self.live[:] = first.to_bytes(8, "little") + (step + 1).to_bytes(8, "little")
 
-            Engine.end, training.draw_curves = counted, lambda *_: None  # a picture takes half of a tiny run
+            Engine.end, training.write_report = counted, lambda *_: None  # a picture takes half of a tiny run
             if kill is not None:
                 kill.prepare()
 

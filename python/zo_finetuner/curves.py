@@ -172,7 +172,7 @@ def draw_picture(path: Path, groups: Sequence[Group], title: str) -> None:
             draw(figure.add_subplot(rows, columns, number + 1), panel)
         if len(groups) > 1:
             marks = [plt.Line2D([], [], color=colour(i), label=f" {g.label}") for i, g in enumerate(groups)]
-            figure.legend(handles=marks, loc="outside lower center", ncols=min(3, len(groups)), frameon=False)
+            figure.legend(handles=marks, loc="outside lower center", ncols=min(4, len(groups)), frameon=False)
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, format="png")
         plt.close(figure)
