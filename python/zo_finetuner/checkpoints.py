@@ -101,6 +101,7 @@ def is_whole(checkpoint: Path) -> bool:
             require_file(file)
         step = read_object(checkpoint / STATE, "", finite=False).get("global_step")
         same = not (checkpoint / SUMS).exists() or read_object(checkpoint / SUMS, "") == sums(checkpoint)
-    except (OSError, InputError):
+        readable = all(map(zipfile.is_zipfile, states))
+    except (OSError, InputError, zipfile.BadZipFile):
         return False
-    return bool(weights) and len(states) > 2 and all(map(zipfile.is_zipfile, states)) and type(step) is int and same
+    return bool(weights) and len(states) > 2 and readable and type(step) is int and same

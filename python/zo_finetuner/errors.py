@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from itertools import islice
 
 
 class InputError(ValueError):
@@ -36,6 +37,8 @@ def require_not_negative(name: str, value: float) -> None:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean "x"?)` when something close to `word` is among `choices`, else an empty string."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    """` (did you mean "x"?)` when something close to `word` is among `choices`, else an empty string.  Of the keys of a
+    strange file the first hundred are looked at, and those that no name is are not."""
+    known = [choice for choice in islice(choices, 100) if len(choice) <= 80 and choice.isprintable()]
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f' (did you mean "{found[0]}"?)' if found else ""

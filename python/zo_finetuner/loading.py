@@ -20,6 +20,7 @@ from zo_finetuner.tensor_files import read_header
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 MOST_CONFIG = 16 << 20  # bytes of config.json
+DOTS = (".", "..")  # names that are folders
 MOST_OTHER = 512 << 20  # bytes of any other file that is no weights; Gemma's tokenizer has 33 MB
 MOST_LAYERS = 1024  # of a model, and experts of a layer; Llama 405B has 126
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -192,7 +193,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{index}: is not a valid index (no weight_map); download it again")
     for tensor, name in names.items():
         # A name with a folder in it would be looked for anywhere on this machine.
-        if not isinstance(name, str) or not is_plain(name) or name in ("", ".", "..") or re.search(r"[/\\]", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]{1,255}", name) or not is_plain(name) or name in DOTS:
             raise InputError(f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, which is no file of "
                              "this folder; download it again")
     return [folder / name for name in sorted(set(names.values()))]

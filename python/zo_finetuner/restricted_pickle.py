@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from zo_finetuner.errors import InputError
-from zo_finetuner.reading import open_file
+from zo_finetuner.reading import open_file, shown
 
 # Limits, beside what the largest published file (772 networks of OPT-30B) has.
 MAX_FILE = 16 << 20  # bytes; 2.8 MB
@@ -86,7 +86,7 @@ def read_torch_file(path: Path) -> tuple[object, str]:
     # What zipfile raises for damaged or exotic archives: encryption, unknown methods, sizes that lie.
     except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ValueError,
             OverflowError) as error:
-        raise InputError(f"{path}: not a readable torch.save zip ({error}); fetch it again") from error
+        raise InputError(f"{path}: not a readable torch.save zip ({shown(str(error), 200)}); fetch it again") from error
 
 
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> tuple[object, str]:

@@ -35,7 +35,7 @@ def saved_state(out: Path, outcome: dict[str, Any], *, resume: bool, overwrite: 
     if not isinstance(theirs, dict):
         raise InputError(f"{out / STATE}: holds no settings; {AGAIN}")
     mine = json.loads(json.dumps(outcome))
-    different = [name for name in mine if theirs.get(name) != mine[name]]
+    different = [name for name in mine if repr(theirs.get(name)) != repr(mine[name])]
     if different:
         name = different[0]
         raise InputError(
