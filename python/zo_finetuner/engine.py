@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -86,9 +85,9 @@ class Engine:
         self._told = 0  # skipped steps already reported
 
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
-        """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
-        times more before it trusts a kind of model call.  Returns the mean of the probes' losses (0-dim fp32, on the
-        device), NaN when the step was skipped.
+        """One step: `loss_fn()` is called once per probe and must run forwards only; paired and low-rank probing call
+        it some times more before they trust a kind of model call.  Returns the mean of the probes' losses (0-dim fp32,
+        on the device), NaN when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
@@ -110,6 +109,10 @@ class Engine:
         self.inputs.fill(lr, self.seed, self.step_count)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
+        if self.method.turns(self.step_count):
+            self.flush()
+            self.method.turn(self._context(self.step_count))
+        self.probing.begin()
 
     @torch.no_grad()
     @casts_not_kept()
@@ -125,7 +128,7 @@ class Engine:
             if self.step_count == 0:
                 self._report_share(request)
             while not isinstance(request, Update):
-                losses = [self._evaluate(*probes, loss_fn) for probes in zip_longest(request, request[1:])]
+                losses = [self._evaluate(probe, request[i + 1 :], loss_fn) for i, probe in enumerate(request)]
                 self.probing.rehearse(request, losses, loss_fn)
                 losses = torch.hstack(losses)
                 finite = finite & torch.isfinite(losses).all()
@@ -164,7 +167,7 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn) -> Tensor:
+    def _evaluate(self, probe: Probe | Slope, following: list[Probe] | list[Slope], loss_fn: LossFn) -> Tensor:
         """A loss, 0-dim; of a `Slope` the loss and a derivative, (2,)."""
         if isinstance(probe, Slope):
             with phase("forward"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ class InPlaceProbing:
         self._displaced: Probe | None = None
 
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
         here, self._displaced = self._displaced, probe
         for terms in _passes(here, probe):
             apply_terms(self.blocks, terms)
@@ -55,6 +55,9 @@ class InPlaceProbing:
         else:  # a state is of the update alone, and a curvature that it changes is that of the way back
             self.restore()
         apply_update(self.blocks, update, finite, decay, rounding_seed)
+
+    def begin(self) -> None:
+        """Nothing to do on the host before a step."""
 
     def flush(self) -> None:
         """Nothing to write: updates are in the weights."""

@@ -40,6 +40,7 @@ class Pending:
         self._parameters = parameters
         self.reading = False
         self._coordinates: dict[Subspace, Tensor] = {}
+        self._lasting: dict[Subspace, Tensor] = {}  # where those of a lasting one are collected
         self._models = list(dict.fromkeys((model, unwrap(model))))
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -47,15 +48,27 @@ class Pending:
     def rank(self) -> int:
         return sum(subspace.rank for subspace in self._coordinates)
 
+    def begin(self) -> None:
+        """Before a step that adds to a lasting subspace: it may do so without Python."""
+        for subspace in self._lasting:
+            self._open(subspace)
+
     def add(self, direction: Direction | Held, coef: Tensor) -> None:
         """Collect coef * direction."""
-        moved = self._coordinates.get(direction.subspace)
-        if moved is not None:
-            moved.addcmul_(direction.coordinates, coef)
+        subspace = direction.subspace
+        if subspace.lasting and subspace not in self._lasting:
+            self._lasting = {subspace: torch.zeros_like(direction.coordinates)}
+        if subspace.lasting or subspace in self._coordinates:
+            self._open(subspace).addcmul_(direction.coordinates, coef)
         else:
-            self._coordinates[direction.subspace] = direction.coordinates * coef
-            if not self._guards:
-                self._guard()
+            self._coordinates[subspace] = direction.coordinates * coef
+            self._guard()
+
+    def _open(self, subspace: Subspace) -> Tensor:
+        if subspace not in self._coordinates:
+            self._coordinates[subspace] = self._lasting[subspace]
+            self._guard()
+        return self._coordinates[subspace]
 
     def make_room(self, terms: Terms) -> None:
         """Merge if the subspaces of these directions, where they are new, would be too many."""
@@ -97,6 +110,8 @@ class Pending:
         self._guards.clear()
 
     def _guard(self) -> None:
+        if self._guards:
+            return
         for model in self._models:
             self._guards += [
                 model.register_forward_pre_hook(self._before_forward, prepend=True),

@@ -98,7 +98,8 @@ class Layout:
     def owners(self) -> Tensor:
         """Number of the matrix, in `matrices`, that each coordinate belongs to: int64."""
         sizes = torch.tensor(self.sizes, device=self.device)
-        return torch.arange(len(self.sizes), device=self.device).repeat_interleave(sizes)
+        numbers = torch.arange(len(self.sizes), device=self.device)
+        return numbers.repeat_interleave(sizes, output_size=sum(self.sizes))  # told, the host need not wait for it
 
     @cached_property
     def places(self) -> Tensor:
@@ -129,10 +130,13 @@ class Layout:
 
 
 class Subspace:
-    """right: V, (r, n) fp32, for each matrix of the layout; left: U, (r, m), or None for one-sided directions."""
+    """right: V, (r, n) fp32, for each matrix of the layout; left: U, (r, m), or None for one-sided directions.
 
-    def __init__(self, layout: Layout, seed: Tensor):
-        self.layout, self.rank = layout, layout.rank
+    lasting: it becomes others in place, so that a captured step goes on in whichever it is; what is collected in it has
+    one place in memory too."""
+
+    def __init__(self, layout: Layout, seed: Tensor, lasting: bool = False):
+        self.layout, self.rank, self.lasting = layout, layout.rank, lasting
         self.right = [self._draw(x.n, seed, x.tensor_id, RIGHT) for x in layout.matrices]
         self.left = None
         if layout.two_sided:
@@ -142,6 +146,15 @@ class Subspace:
 
     def _draw(self, length: int, seed: Tensor, tensor_id: int, start: int) -> Tensor:
         return draw_noise((self.rank, length), seed, tensor_id, start=start, stream=LOW_RANK)
+
+    def become(self, other: Subspace) -> None:
+        """Take the factors of another, in place."""
+        torch._foreach_copy_(self.right, other.right)
+        if self.left is not None:
+            torch._foreach_copy_(self.left, other.left)
+        for dtype, cast in self._cast.items():
+            if dtype != torch.float32:
+                torch._foreach_copy_(cast, self.right)
 
     def right_as(self, dtype: torch.dtype) -> list[Tensor]:
         if dtype not in self._cast:
