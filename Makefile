@@ -1,6 +1,7 @@
 # make install   .venv with the package, its C++ kernels and the test tools
 # make demo      watch a tiny model learn with forward passes only (about 3 minutes)
 # make test      the whole test suite, CPU only
+# make test-long 10,000 broken files for every reader and 50 kills, with their rows in bench/results
 PYTHON ?= python3
 VENV   ?= .venv
 # The one pin of torch: from the usual index it is the CUDA build on a GPU machine.
@@ -9,7 +10,7 @@ TORCH  ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-long lint clean
 
 install: $(STAMP)
 
@@ -25,6 +26,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --durations=10 $(PYTEST_ARGS) tests
+
+test-long: install
+	ZO_LONG=1 $(BIN)/python -m pytest -n 2 --durations=10 $(PYTEST_ARGS) tests -k "fuzz_readers or kills"
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ from zo_finetuner.files import write_json, write_text
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.tasks import get_task
-from zo_finetuner.training import prior_loss, train
+from zo_finetuner.training import train
+from zo_finetuner.workload import prior_loss
 
 # One rate for both, between two that were tried on dev rows with one seed (bench/LOG.md): not tuned per method.
 # eps 1e-3, batch 16, the protocol's 1000/500/872 rows.

@@ -53,6 +53,11 @@ zo::Ruled ruled(int rule, const std::vector<std::vector<Pointer>>& states, Point
   return made;
 }
 
+zo::Sequence sequence(const std::vector<int64_t>& ends, Pointer decays, Pointer rounding_seeds,
+                      const std::vector<bool>& stochastic) {
+  return {ends, to<float>(decays), to<uint64_t>(rounding_seeds), stochastic};
+}
+
 zo::Rows rows(Pointer index, int64_t count, int64_t of, int64_t width) {
   return {to<int64_t>(index), count, of, width};
 }
@@ -73,6 +78,10 @@ void noise(Pointer out, int64_t numel, Pointer seed, uint32_t tensor_id, uint64_
 
 void axpy(const zo::Table& table, const zo::Update& update, int dist, const zo::Stats* stats, int threads) {
   zo::axpy(table, update, zo::Dist(dist), stats, threads);
+}
+
+void replay(const zo::Table& table, const zo::Update& update, const zo::Sequence& sequence, int dist, int threads) {
+  zo::replay(table, update, sequence, zo::Dist(dist), threads);
 }
 
 void update_state(const zo::Table& table, const zo::Ruled& ruled, const zo::Update& update, int dist, int threads) {
@@ -108,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<zo::Ruled>(m, "Ruled", local).def(py::init(&ruled));
   py::class_<zo::Update>(m, "Update", local).def(py::init(&update));
   py::class_<zo::Probe>(m, "Probe", local).def(py::init(&probe));
+  py::class_<zo::Sequence>(m, "Sequence", local).def(py::init(&sequence));
   py::class_<zo::Rows>(m, "Rows", local).def(py::init(&rows));
   py::class_<zo::Stats>(m, "Stats", local).def(py::init(&stats));
 
@@ -115,6 +125,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("words", &words, unlocked);
   m.def("noise", &noise, unlocked);
   m.def("axpy_", &axpy, unlocked);
+  m.def("replay_", &replay, unlocked);
   m.def("update_state_", &update_state, unlocked);
   m.def("scratch", &scratch, unlocked);
   m.def("scratch_rows", &scratch_rows, unlocked);

@@ -56,6 +56,14 @@ struct Update {
   Forms forms;
 };
 
+// Updates of the same weights one after the other: pass p is of the directions ends[p - 1] (0) to ends[p].
+struct Sequence {
+  std::vector<int64_t> ends;
+  const float* decays;             // one of every pass; null: 1
+  const uint64_t* rounding_seeds;  // one of every pass
+  std::vector<bool> stochastic;    // else the pass rounds to nearest
+};
+
 // A rule that keeps state (zo_kernels/rules.py): the sum of the directions of an update is its gradient.
 struct Ruled {
   Rule rule;
@@ -97,6 +105,10 @@ void noise(float* out, int64_t numel, uint64_t seed, uint32_t tensor_id, uint64_
 
 // stats, which may be null, here and below: of the stored result.
 void axpy(const Table& table, const Update& update, Dist dist, const Stats* stats, int threads);
+
+// The bits of an axpy for every pass, in one read and one write of the weights.  update: the directions of all passes,
+// without decay, rounding seed and form.
+void replay(const Table& table, const Update& update, const Sequence& sequence, Dist dist, int threads);
 
 void update_state(const Table& table, const Ruled& ruled, const Update& update, Dist dist, int threads);
 

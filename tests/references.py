@@ -80,7 +80,8 @@ def reference_scores(model, encoded):
     """Mean log-probability per option token, one unpadded sequence at a time, from full logits."""
     scores = []
     for sequence, length in zip(encoded.sequences, encoded.option_lengths, strict=True):
-        log_probs = model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+        logits = model(torch.tensor([sequence])).logits[0, -len(sequence) :]  # virtual tokens may come before
+        log_probs = logits[:-1].log_softmax(-1)
         targets = torch.tensor(sequence[1:])
         scores.append(log_probs.gather(1, targets[:, None])[-length:].mean())
     return torch.stack(scores)

@@ -15,7 +15,7 @@ from bench.methods.picture import draw
 from bench.methods.table import against_mezo, measured
 from bench.quality.bed import Bed
 from bench.quality.cells import Cell
-from bench.quality.jobs import Central, Deploy, Learn, Place, eps_of, maker
+from bench.quality.jobs import ON_SCALES, Central, Deploy, Learn, Place, eps_of, maker
 from bench.report import TABLES
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim import METHODS, PRESETS, make_method
@@ -57,12 +57,13 @@ def test_the_plan_has_every_method_once_per_cell_and_learnability_first():
     cells = list(dict.fromkeys(job.cell for job in deploys))
     assert len(cells) == len(command.CELLS)
     expected = {"random" if name == "zo-finetuner" else name for name in METHODS} - {"sigma-one"}
+    expected |= {"improved", *ON_SCALES}
     for one in cells:
         names = [job.provider for job in deploys if job.cell == one]
         assert names[0] == "adam" and set(names[1:]) == expected and len(names) == len(expected) + 1
-    (closed,) = (job for job in made if isinstance(job, Learn))
-    assert closed.recipe == "closed-form"
-    assert made.index(closed) < min(i for i, job in enumerate(made) if getattr(job, "provider", "") == "closed-form")
+    assert {job.recipe for job in made if isinstance(job, Learn)} == {"closed-form", "improved"}
+    for deploy in deploys:
+        assert deploy.learns is None or made.index(deploy.learns) < made.index(deploy)
 
 
 def test_the_plan_of_what_is_asked_for():

@@ -15,8 +15,8 @@ from bench import rows as bench_rows
 from bench.__main__ import main
 from bench.quality import bed, cells, jobs, verdict
 from bench.quality.cells import Cell
-from bench.quality.command import plan
-from bench.quality.jobs import Central, Deploy, Learn, Place
+from bench.quality.command import plan, transfers
+from bench.quality.jobs import Central, Deploy, Derive, Learn, Place
 from bench.quality.picture import draw
 from bench.report import TABLES
 
@@ -62,7 +62,29 @@ def test_the_plan_learns_first_and_once():
         ("improved", ("squad-text",)), ("closed-form", ("squad-text",)), ("paper", ("squad-text",)),
         ("improved", ("squad-text", "copa")), ("improved", ("squad-text", "sst2")),
     }  # fmt: skip
-    assert {job.provider for job in made if isinstance(job, Deploy)} >= {"adam", "mezo", "random", *jobs.LEARNED}
+    assert {job.provider for job in made if isinstance(job, Deploy)} == {
+        "adam", *sum(jobs.ROUNDS, ()), *jobs.ABLATIONS
+    }  # fmt: skip
+
+
+def test_a_derivative_is_served_by_what_its_base_has_learned(shared, tmp_path):
+    """Made once from the base, and taken for its artefact's own model; another model's goes through the mapping."""
+    base = str(shared / "models" / "tiny")
+    made = transfers([Cell(base, "sst2", 30), Cell("x/imdb-llama-6m", "sst2", 30)], tmp_path)
+    derive, deploys = made[0], [job for job in made if isinstance(job, Deploy)]
+    assert isinstance(derive, Derive) and derive.base == base and len(set(made)) == len(made)
+    assert {job.learned_for for job in deploys if job.cell.base == base} == {base}
+    (donated,) = [job for job in deploys if job.provider == jobs.TRANSFERRED]
+    assert donated.cell.model == "x/imdb-llama-6m" and donated.learned_for == "x/stories260k-llama"
+    place = Place(shared, tmp_path, tmp_path)
+    (tmp_path / "texts").mkdir()
+    review = "the film was good and the plot was dull but acting great " * 12
+    (tmp_path / "texts" / "film-text.txt").write_text(f"{review}\n" * 1100)
+    derive.run(place)
+    assert derive.result(place).is_file()
+    one, other = (bed.Bed(Cell(model, "sst2", 8), shared, tmp_path).model for model in (base, derive.model))
+    moved = [not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
+    assert all(moved)
 
 
 def test_rates_are_widened_only_at_an_end_and_twice_at_most():

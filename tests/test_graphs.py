@@ -71,7 +71,8 @@ def same(a: Run, b: Run) -> None:
     left, right = a.engine.state_dict(), b.engine.state_dict()
     for name, value in left["method_state"].items():
         assert torch.equal(value, right["method_state"][name]), name
-    for name in ("skipped", "last_loss", "step"):
+    assert torch.equal(left["guard"], right["guard"])
+    for name in ("last_loss", "step"):
         assert left[name] == right[name]
     for name, value in a.engine.metrics().items():
         assert value == b.engine.metrics()[name], name

@@ -24,11 +24,10 @@ def pair(p, z):
     return (p.f(p.theta + EPS * z) - p.f(p.theta - EPS * z)) / (2 * EPS)
 
 
-def mezo(p, probes=1, clip=None):
+def mezo(p, probes=1):
     while True:
         zs = [p.z(k) for k in range(probes)]
         gs = [pair(p, z) / probes for z in zs]
-        gs = gs if clip is None else np.clip(gs, -clip, clip)
         p.theta = p.theta - p.lr * sum(g * z for g, z in zip(gs, zs, strict=True))
         yield
 
@@ -239,7 +238,6 @@ BSZO_LR = 1e3 * LR  # its prior is sized for 10^6 weights, and shrinks 45 to not
 CASES = {
     "mezo": (mezo, {}),
     "mezo n-spsa": (lambda p: mezo(p, probes=3), {"probes": 3}),
-    "mezo clip": (lambda p: mezo(p, clip=2.0), {"clip": 2.0}),
     "mezo normalized": (normalized, {"rule": "normalized"}),
     "zo-momentum": (momentum, {}),
     "zo-adam": (adam, {}),

@@ -109,10 +109,10 @@ def test_non_finite_weights_are_refused_by_name(tmp_path, value, place):
 CARD = Card(
     source="fresh, seed 3",
     base_model="a/b",
-    base_fingerprint="blake2s:00",
+    base_fingerprint="shapes:0123456789abcdef weights:0123456789abcdef",
     tasks=("sst2", "copa"),
-    metrics={"loss": 0.1, "note": "größer \udcff", "steps": 20},
-)  # a file name that is not UTF-8
+    metrics={"loss": 0.1, "note": "größer", "steps": 20},
+)
 
 
 def saved(tmp_path: Path, card: Card = CARD) -> tuple[Path, PertNN]:
@@ -141,7 +141,7 @@ def test_round_trip_and_readable_card(tmp_path):
         written = json.loads(file.metadata()[METADATA_KEY])
     assert written["format_version"] == 1 and written["names"] == list(NAMES) and written["hidden"] == 64
     assert written["inputs"][0] == "mean" and written["noise_contract"] == 1
-    assert written["metrics"] == {"loss": 0.1, "note": "größer \udcff", "steps": 20}
+    assert written["metrics"] == {"loss": 0.1, "note": "größer", "steps": 20}
     first = path.read_bytes()
     save_pertnn(path, again, card)
     assert path.read_bytes() == first
@@ -160,16 +160,17 @@ def test_round_trip_and_readable_card(tmp_path):
         ({"recipe": "improved"}, "its networks read .'mean', .*those of this release .'log numel'"),
         ({"sigma": [1.0]}, '"sigma" in the card has 1 numbers for 3 blocks'),
         ({"sigma": [1.0, 2.0, "3"]}, '"sigma" in the card is not of type'),
-        ({"curve": [float("inf")]}, '"curve" in the card is not of type'),
+        ({"curve": [float("inf")]}, "the card: Infinity is no number of JSON"),
+        ({"curve": [10**400]}, '"curve" in the card is not of type'),
         ({"inputs": ["mean"]}, r"its networks read \['mean'\]"),
         ({"hidden": "64"}, '"hidden" in the card is not of type int'),
         ({"hidden": 63}, "its card asks for"),
         ({"names": [1, 2, 3]}, '"names" in the card is not of type'),
         ({"names": list(NAMES[:2])}, "its card asks for"),
         ({"names": [NAMES[0], NAMES[1], NAMES[0]]}, "two networks are named model.embed_tokens.weight"),
-        ({"names": ["a", "b", "c\nd"]}, r"'c\\nd' is no name"),
+        ({"names": ["a", "b", "c\nd"]}, '"names" in the card is no text in one line'),
         ({"names": None}, 'the card has no "names"'),
-        ({"metrics": {"loss": float("nan")}}, '"metrics" in the card'),
+        ({"metrics": {"loss": float("nan")}}, "the card: NaN is no number of JSON"),
         ({"metrics": {"loss": [1]}}, '"metrics" in the card'),
         ({"tensors": {"w1": torch.zeros(3, 64, 6)}}, "its card asks for"),
         ({"tensors": {"b2": torch.zeros(3, dtype=torch.float16)}}, "F16"),
@@ -200,7 +201,7 @@ def test_cards_and_tensors_that_do_not_fit_are_refused(tmp_path, changes, match)
 def test_cards_that_are_no_card(tmp_path, card):
     path = tmp_path / "nets.safetensors"
     save_file({"w1": torch.zeros(1)}, path, metadata={METADATA_KEY: card})
-    refused(path, "the card (is not JSON|has no whole number|has 5000000 characters)")
+    refused(path, "the card(: not JSON|: lists and objects lie| has no whole number| has 5000000 characters)")
 
 
 def test_safetensors_without_card_or_cut(tmp_path):
@@ -208,12 +209,12 @@ def test_safetensors_without_card_or_cut(tmp_path):
     whole = path.read_bytes()
     for size in (9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(path, "damaged safetensors file")
+        refused(path, "truncated|holds .* bytes of tensors but its header needs")
     save_file({"w1": torch.zeros(1)}, path)
     refused(path, 'no card .metadata "zo_finetuner.pertnn".: not a learned optimizer')
     with path.open("r+b") as stream:
         stream.truncate(2**30)
-    refused(path, "a learned optimizer has at most")
+    refused(path, "has 1,073,741,824 bytes; at most")
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from bench.methods.picture import draw
 from bench.methods.table import table
 from bench.quality.cells import Cell, grid
 from bench.quality.command import add_run_arguments, measure, plan
-from bench.quality.jobs import Job, Place
+from bench.quality.jobs import ON_SCALES, Job, Place
 from bench.rows import newest, read
 from zo_finetuner.optim import METHODS
 
 MULTIPLES, MORE = (1 / 3, 1.0, 3.0), 4
 #: With headroom and little noise, a minute or two per method.  (On SST-2 this model's seeds differ more than methods.)
-CELLS = (("stories260k-llama", "film-text", 300), ("stories260k-llama", "copa", 150))
+CELLS = (("stories260k-llama", "film-text", 300), ("stories260k-llama", "copa", 150),
+         ("stories260k-llama", "squad-text", 300), ("imdb-llama-6m", "sst2", 100))  # fmt: skip
 NOT_RUN = ("sigma-one",)  # MeZO bit for bit
 
 
@@ -43,7 +44,8 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def providers() -> list[str]:
     """Of the library's table.  Its learned optimizer without files is random nets; scales go by their recipe."""
-    return ["random" if name == "zo-finetuner" else name for name in METHODS if name not in NOT_RUN]
+    named = ["random" if name == "zo-finetuner" else name for name in METHODS if name not in NOT_RUN]
+    return [*named, "improved", *ON_SCALES]
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:

@@ -13,7 +13,12 @@ from bench.quality.verdict import CellRows, Outcome, cells_of, number
 from bench.tables import table as markdown
 
 Row = dict[str, Any]
-LABELS = {"random": "zo-finetuner (random nets)"}
+LABELS = {
+    "random": "zo-finetuner (random nets)",
+    "improved": "zo-finetuner (improved scales)",
+    "es, improved scales": "es (improved scales)",
+    "fzoo, improved scales": "fzoo (improved scales)",
+}
 HEADER = ["method", "against MeZO", "held-out loss, median", "min..max", "accuracy", "forwards a step", "forwards",
           "rate", "seconds", "state"]  # fmt: skip
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.quality.cells import BATCH, EPS, HORIZON, WINDOW, text_file
+from bench.quality.bed import ADAM_STEPS, Bed
+from bench.quality.cells import BATCH, DERIVED_ON, EPS, HORIZON, WINDOW, Cell, text_file
 from zo_finetuner.block_kinds import layer_of
 from zo_finetuner.encoding import pad_token
+from zo_finetuner.files import write_json
 from zo_finetuner.learning.improved import RATE
 from zo_finetuner.learning.profile import Estimate, Layout, Mean, sample
 from zo_finetuner.learning.run import learn
@@ -24,6 +26,7 @@ from zo_finetuner.pertnn_io import load_pertnn
 from zo_finetuner.scale_net import ScaleNet
 from zo_kernels import derive_seed
 
+DERIVED, DERIVING_RATE = "derived.json", 7e-4
 PAPER_ROWS = 300  # COPA's training rows in the paper's protocol
 SAMPLES = 8
 
@@ -52,6 +55,15 @@ def make_artefact(
     return path
 
 
+def derive(work: Path, shared: Path, base: str, out: Path) -> None:
+    """A derivative of a base model: Adam's steps on film reviews, every weight moved; a Hugging Face folder."""
+    bed = Bed(Cell(base, DERIVED_ON, ADAM_STEPS), shared, work)
+    run = bed.adam(DERIVING_RATE, 0, "dev")
+    bed.model.save_pretrained(out)
+    bed.tokenizer.save_pretrained(out)
+    write_json(out / DERIVED, {"base": Path(base).name, "dev_loss": [loss for _, loss in run.curve]})
+
+
 def per_layer(path: Path) -> ScaleNet:
     """One scale per layer: the mean of the learned log scales of its blocks; blocks outside of layers keep theirs."""
     nets, card = load_pertnn(path)
@@ -75,7 +87,7 @@ def central_rate(work: Path, shared: Path, model_folder: str) -> float:
         loss_fn = loss_on(model, batch_rows(rows, BATCH, i, 0), pad_token(tokenizer))
         step = torch.tensor(EPS, device=weights.device)
         estimate.add(sample(weights, loss_fn, derive_seed(0, i, 0), derive_seed(0, i // 2, 1), step))
-    cost: Tensor = Layout(weights.blocks).pooled(estimate.cost, estimate.energy.mean)
+    cost: Tensor = Layout(weights.blocks).pooled(estimate.cost)
     return float(f"{RATE / float(cost.sum()):.1e}")
 
 

@@ -18,7 +18,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder, write_text
 from zo_finetuner.learning.text import text_windows
 from zo_finetuner.tasks import Task, get_task
-from zo_finetuner.training import prior_loss
+from zo_finetuner.workload import prior_loss
 
 BATCH, TEXT_BATCH, EPS, WINDOW = 16, 8, 1e-3, 49
 HORIZON = 400  # steps that the improved recipe learns for
@@ -26,6 +26,7 @@ TRAIN, DEV, TEST = 1000, 256, 256  # rows of a task
 TEXT_ROWS = (800, 128, 128)  # windows of a text
 FILMS = 4000  # reviews of the corpus that are used: 5 MB
 LEARN_ON = {"squad-text": "sst2", "drop-text": "sst2"}  # all others: squad-text
+DERIVED_ON = "film-text"  # what a derivative of a base has been trained on
 SEVERAL = ("squad-text", "sst2", "copa")  # the ablation's sets, without the cell's own
 
 #: Steps per deployment: the default grid takes about an hour on two cores of one's own.  Most telling cells first.
@@ -40,15 +41,21 @@ QUICK_OTHER = {"squad-text": 100, "sst2": 100}
 
 @dataclass(frozen=True)
 class Cell:
-    """model: folder.  task: a task's name, or film-text, squad-text, drop-text.  steps: of two forwards each."""
+    """model: folder.  task: a task's name, or film-text, squad-text, drop-text.  steps: of two forwards each.
+    base: folder of the model that scales are learned for, where `model` is a derivative of it that they never saw."""
 
     model: str
     task: str
     steps: int
+    base: str = ""
 
     @property
     def name(self) -> str:
         return f"{Path(self.model).name}-{self.task}"
+
+    @property
+    def learned_for(self) -> str:
+        return self.base or self.model
 
     @property
     def is_text(self) -> bool:
@@ -99,6 +106,17 @@ def grid(shared: Path, models: list[str], tasks: list[str], quick: bool, steps: 
         elif cell.task not in _SOURCES:
             raise InputError(f"there is no text {cell.task}; there are: {', '.join(_SOURCES)}")
     return cells
+
+
+def derivatives(bases: list[Cell], work: Path) -> list[Cell]:
+    """One cell per base model: its continuation on film reviews (`artefacts.derive`), put on the base's longest other
+    cell."""
+    found = {}
+    for cell in sorted(bases, key=lambda cell: cell.steps):
+        if cell.task != DERIVED_ON:
+            model = work / "derived" / f"{Path(cell.model).name}-films"
+            found[cell.model] = Cell(str(model), cell.task, cell.steps, base=cell.model)
+    return list(found.values())
 
 
 def load_rows(cell: Cell, shared: Path, work: Path, model, tokenizer) -> Rows:

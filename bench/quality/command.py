@@ -13,8 +13,19 @@ from pathlib import Path
 import torch
 
 from bench.quality.artefacts import overhead
-from bench.quality.cells import Cell, grid
-from bench.quality.jobs import ABLATIONS, ROUNDS, Central, Deploy, Job, Place, check_provider
+from bench.quality.cells import Cell, derivatives, grid
+from bench.quality.jobs import (
+    ABLATIONS,
+    DONORS,
+    ROUNDS,
+    TRANSFERRED,
+    Central,
+    Deploy,
+    Derive,
+    Job,
+    Place,
+    check_provider,
+)
 from bench.quality.picture import draw
 from bench.quality.pretrain import add_pretrain_arguments, pretrain
 from bench.quality.verdict import report
@@ -28,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "quality")
     parser.add_argument("--ablations", action="store_true",
                         help="also: several learning sets, one scale per layer, no normalisation")  # fmt: skip
+    parser.add_argument("--transfer", action="store_true", help="instead: what was learned for a base on a derivative "
+                        "of it, and what was learned for another model of the family")  # fmt: skip
     add_pretrain_arguments(parser)
 
 
@@ -51,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     def jobs() -> list[Job]:
         cells = grid(arguments.shared, arguments.model, arguments.task, arguments.quick, arguments.steps)
+        if arguments.transfer:
+            return transfers(cells, arguments.work)
         return plan(cells, arguments.provider, arguments.ablations)
 
     def finish(place: Place) -> None:
@@ -106,7 +121,21 @@ def plan(cells: list[Cell], providers: list[str], ablations: bool) -> list[Job]:
     deploys = [Deploy(cell, name) for names in asked for cell in ordered for name in names]
     if ablations:
         deploys += [Deploy(cell, name) for turn in turns for cell in turn[:2] for name in ABLATIONS]
-    jobs: list[Job] = [Central(model) for model in models]
+    return _ordered(deploys)
+
+
+def transfers(cells: list[Cell], work: Path) -> list[Job]:
+    """Derivatives of the cells' models, and each model's first cell with what another one has learned."""
+    derived = derivatives(cells, work)
+    first = {cell.model: cell for cell in reversed(cells) if Path(cell.model).name in DONORS}.values()
+    deploys = [Deploy(cell, name) for cell in derived for name in ("adam", "mezo", "closed-form", "improved")]
+    deploys += [Deploy(cell, name) for cell in first for name in ("adam", "mezo", "improved", TRANSFERRED)]
+    return [*(Derive(cell.base, cell.model) for cell in derived), *_ordered(deploys)]
+
+
+def _ordered(deploys: list[Deploy]) -> list[Job]:
+    """With what they need before them."""
+    jobs: list[Job] = [Central(model) for model in dict.fromkeys(deploy.cell.learned_for for deploy in deploys)]
     for deploy in dict.fromkeys(deploys):
         if deploy.learns is not None and deploy.learns not in jobs:
             jobs.append(deploy.learns)

@@ -1,6 +1,6 @@
 """Jobs of the comparison, each run in a process of its own: learn something once, or put one method on one cell.
 
-A method on a cell: rates a factor of 3 apart around a centre, one run each on seed 0, scored on dev rows, and further
+A method on a cell: rates a factor of 2 apart around a centre, one run each on seed 0, scored on dev rows, and further
 ones while the best is at an end; then the best one with fresh seeds, on held-out rows.  A run that has its JSON in the
 work folder is not repeated; its row is appended when it ends.
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.quality.artefacts import artefact_path, central_rate, make_artefact, per_layer
+from bench.quality.artefacts import DERIVED, artefact_path, central_rate, derive, make_artefact, per_layer
 from bench.quality.bed import Bed, Make, Run
 from bench.quality.cells import Cell
 from bench.rows import append, machine, spread, version
@@ -30,7 +30,7 @@ from zo_finetuner.cli import keep_large_buffers
 from zo_finetuner.files import make_folder, write_json
 from zo_finetuner.optim import PRESETS, check_method, make_method
 
-MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the centre
+MULTIPLES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # of the centre
 PROBED = 120  # forwards
 ADAM_RATES = (2e-4, 7e-4, 2e-3)
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
@@ -38,6 +38,7 @@ PUBLISHED = "llama1B_finetuner.pth"
 
 #: provider -> (recipe that its scales come from, whether from several sets).  Names that are not here are optimizers
 #: of the library's own that need nothing.
+TRANSFERRED = "improved, transferred"
 LEARNED = {
     "paper": ("paper", False),
     "closed-form": ("closed-form", False),
@@ -45,11 +46,17 @@ LEARNED = {
     "improved, not normalised": ("improved", False),
     "improved, per layer": ("improved", False),
     "improved, several sets": ("improved", True),
+    "improved, transferred": ("improved", False),
+    "es, improved scales": ("improved", False),
+    "fzoo, improved scales": ("improved", False),
 }
+ON_SCALES = {"es, improved scales": "es", "fzoo, improved scales": "fzoo"}  # other estimators along the scaled noise
 #: The providers of the main table: what all cells get first, and then.
 ROUNDS = ("adam", "mezo", "improved", "closed-form", "random"), ("paper", "published", "self-calibrated")
 ABLATIONS = ("improved, several sets", "improved, per layer", "improved, not normalised")
-TWO_POINT = ("mezo", "random", "published", "sigma-one", *LEARNED, "self-calibrated")  # rates as MeZO's
+#: What another model of the family has learned, mapped block by block (`--transfer`): 5 layers of 64, 6 of 256.
+DONORS = {"stories260k-llama": "imdb-llama-6m", "imdb-llama-6m": "stories260k-llama"}
+TWO_POINT = {"mezo", "random", "published", "sigma-one", *LEARNED, "self-calibrated"} - set(ON_SCALES)  # MeZO's rates
 
 
 def check_provider(name: str) -> None:
@@ -70,7 +77,7 @@ class Place:
     device: str = "cpu"
     case: str = "quality"
     multiples: tuple[float, ...] = MULTIPLES
-    more: int = 2
+    more: int = 3
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -118,6 +125,24 @@ class Learn:
 
 
 @dataclass(frozen=True)
+class Derive:
+    """A fine-tuned derivative of a base model."""
+
+    base: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"derive {Path(self.model).name}"
+
+    def result(self, place: Place) -> Path:
+        return Path(self.model) / DERIVED
+
+    def run(self, place: Place) -> None:
+        derive(place.work, place.shared, self.base, Path(self.model))
+
+
+@dataclass(frozen=True)
 class Deploy:
     """One method on one cell."""
 
@@ -136,8 +161,14 @@ class Deploy:
         return self.cell.learn_on_several if LEARNED[self.provider][1] else (self.cell.learn_on,)
 
     @property
+    def learned_for(self) -> str:
+        """Folder of the model that its scales are learned for."""
+        own = Path(self.cell.learned_for)
+        return str(own.with_name(DONORS[own.name])) if self.provider == TRANSFERRED else str(own)
+
+    @property
     def learns(self) -> Learn | None:
-        return Learn(self.cell.model, LEARNED[self.provider][0], self.sets) if self.sets else None
+        return Learn(self.learned_for, LEARNED[self.provider][0], self.sets) if self.sets else None
 
     def folder(self, place: Place) -> Path:
         return place.work / "runs" / f"{self.cell.name}-{self.cell.steps}" / self.provider.replace(", ", "-")
@@ -170,7 +201,7 @@ class Deploy:
         write_json(self.result(place), {"multiple": best, "lr": best * centre, "edge": edge, "dev": tried})
 
     def _centre(self, place: Place, bed: Bed) -> float:
-        central = _read(Central(self.cell.model).result(place))["lr"]
+        central = _read(Central(self.cell.learned_for).result(place))["lr"]
         if self.provider in TWO_POINT:
             return central
         path = self.folder(place) / "centre.json"
@@ -205,11 +236,14 @@ def _next(multiples: tuple[float, ...], losses: dict[float, float], more: int) -
     best = min(losses, key=losses.__getitem__)
     if len(losses) >= len(multiples) + more or best not in (min(losses), max(losses)):
         return None
-    return best / 3 if best == min(losses) else best * 3
+    apart = multiples[1] / multiples[0]
+    return best / apart if best == min(losses) else best * apart
 
 
 def optimizer_of(provider: str) -> str:
     """The library's name of what a provider is."""
+    if provider in ON_SCALES:
+        return ON_SCALES[provider]
     if provider == "improved, per layer":
         return "closed-form"
     return "zo-finetuner" if provider in ("random", "published", *LEARNED) else provider
@@ -223,8 +257,9 @@ def maker(job: Deploy, place: Place) -> Make:
     """Random nets are drawn anew for every seed."""
     provider, options = job.provider, {}
     if provider in LEARNED:
-        path = artefact_path(place.work, job.cell.model, LEARNED[provider][0], job.sets)
+        path = artefact_path(place.work, job.learned_for, LEARNED[provider][0], job.sets)
         options = {"pertnn": path, "normalize": provider != "improved, not normalised"}
+        options["transfer"] = provider == TRANSFERRED or bool(job.cell.base)
     if provider == "improved, per layer":
         options = {"pertnn": per_layer(path)}
     elif provider == "published":
@@ -254,7 +289,7 @@ def _row(job: Deploy, bed: Bed, run: Run, split: str, seed: int, place: Place) -
     return row
 
 
-Job = Central | Learn | Deploy
+Job = Central | Learn | Derive | Deploy
 
 
 def learnable(deploy: Deploy, place: Place) -> bool:

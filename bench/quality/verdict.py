@@ -26,6 +26,7 @@ LABELS = {
     "improved, several sets": "improved, several sets",
     "improved, per layer": "improved, one scale per layer",
     "improved, not normalised": "improved, not normalised",
+    "improved, transferred": "improved for another model",
 }
 WANTED_SHARE, WANTED_FORWARDS = 0.8, 0.5
 

@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 
 import torch
 
 from bench.quality.bed import ADAM_STEPS, Bed
 from bench.quality.cells import BATCH, EPS, TEXT_BATCH, Cell
-from bench.quality.jobs import ADAM_RATES, Central, Deploy, Job, Learn, Place, learnable, work_on
+from bench.quality.jobs import ADAM_RATES, Central, Deploy, Derive, Job, Learn, Place, learnable, work_on
 from zo_finetuner.optim import MeZO
 
 META_STEP = {"improved": 3.0, "paper": 2.0, "closed-form": 3.0}  # two-point steps that a step of learning takes
@@ -52,9 +53,11 @@ def work(jobs: list[Job], place: Place, workers: int, end: float | None) -> int:
 
 def _needs(job: Job) -> list[Job]:
     """The jobs whose results this one reads."""
-    if not isinstance(job, Deploy) or job.provider == "adam":
+    if not isinstance(job, Deploy):
         return []
-    needs = [Central(job.cell.model), Deploy(job.cell, "adam"), job.learns]
+    if job.provider == "adam":
+        return [Derive(job.cell.base, job.cell.model)] if job.cell.base else []
+    needs = [Central(job.cell.learned_for), Deploy(job.cell, "adam"), job.learns]
     return [need for need in needs if need is not None]
 
 
@@ -79,7 +82,7 @@ def print_plan(jobs: list[Job], place: Place, workers: int) -> None:
         print(f"{cell.name:<32}{cell.learn_on:<14}{cell.steps:>6}{seconds[cell] * 1e3:>9.0f}{runs:>11}{minutes:>9.1f}")
     for job in jobs:
         if isinstance(job, Learn) and not job.result(place).is_file():
-            usual = [value for cell, value in seconds.items() if cell.model == job.model]
+            usual = [value for cell, value in seconds.items() if cell.learned_for == job.model]
             minutes = META_STEPS[job.recipe] * META_STEP[job.recipe] * sum(usual) / max(len(usual), 1) / 60
             total += minutes
             print(f"{job.name:<83}{minutes:>8.1f}")
@@ -91,13 +94,14 @@ def print_plan(jobs: list[Job], place: Place, workers: int) -> None:
 
 
 def _step_seconds(cell: Cell, place: Place) -> float:
-    """A step of MeZO at rate 0, the faster of two."""
+    """A step of MeZO at rate 0, the faster of two; of a derivative as of its base."""
     import warnings
 
     warnings.simplefilter("ignore")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return Bed(cell, place.shared, place.work).probe(lambda model, seed: MeZO())
+        base = replace(cell, model=cell.learned_for)
+        return Bed(base, place.shared, place.work).probe(lambda model, seed: MeZO())
     finally:
         torch.set_num_threads(threads)

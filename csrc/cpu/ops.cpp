@@ -159,6 +159,29 @@ void axpy(const Table& table, const Update& update, Dist dist, const Stats* stat
              [&](Pass& pass, size_t chunk) { pass.advance = advance_of(update, steps, table.chunks[chunk]); });
 }
 
+void replay(const Table& table, const Update& update, const Sequence& sequence, Dist dist, int threads) {
+  constexpr int64_t SPAN = 1 << 12;  // elements: 16 KB of fp32, which stay in L1 from pass to pass
+  const Kernels& kernels = *chosen.load();
+  const DefaultFloatingPoint ieee;
+  const std::vector<float> steps = steps_of(update, table.blocks.size());
+  parallel_for(int64_t(table.chunks.size()), threads, [&](int64_t i) {
+    const Table::Chunk& chunk = table.chunks[size_t(i)];
+    const float* const own = &steps[chunk.block * size_t(update.count)];
+    for (int64_t done = 0; done < chunk.count; done += SPAN) {
+      const int64_t count = std::min(SPAN, chunk.count - done);
+      Pass pass = pass_over(table.blocks[chunk.block], chunk.first + done, count, dist);
+      int64_t first = 0;
+      for (size_t p = 0; p < sequence.ends.size(); ++p) {
+        const float* const decay = sequence.decays ? sequence.decays + p : nullptr;
+        const uint64_t* const rounding = sequence.stochastic[p] ? sequence.rounding_seeds + p : nullptr;
+        pass.advance = {update.seeds + first, own + first, sequence.ends[p] - first, decay, rounding, Form{}};
+        kernels.pass(pass);
+        first = sequence.ends[p];
+      }
+    }
+  });
+}
+
 void update_state(const Table& table, const Ruled& ruled, const Update& update, Dist dist, int threads) {
   if (ruled.keep && !*ruled.keep) return;
   const Kernels& kernels = *chosen.load();

@@ -30,6 +30,14 @@ def block_kind(name: str) -> str:
     return next((kind for kind, pattern in _PATTERNS.items() if re.search(pattern, name)), "other")
 
 
+def by_kind(names: Sequence[str], sigma: Sequence[float]) -> dict[str, float]:
+    """Root mean square over the blocks of every kind that there is, in the order of KINDS."""
+    squares: dict[str, list[float]] = {}
+    for name, value in zip(names, sigma, strict=True):
+        squares.setdefault(block_kind(name), []).append(value * value)
+    return {kind: (sum(squares[kind]) / len(squares[kind])) ** 0.5 for kind in KINDS if kind in squares}
+
+
 def layer_of(name: str) -> int | None:
     """The first number between dots: the layer; None outside the layers (embedding, last norm, head)."""
     found = re.search(r"\.(\d+)\.", name)

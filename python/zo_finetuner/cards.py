@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import re
+import sys
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -13,12 +14,16 @@ from torch import nn
 
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.pertnn import INPUTS
+from zo_finetuner.quantised import parts
+from zo_finetuner.reading import is_plain, parse_json, shown
 from zo_finetuner.scale_net import FEATURES
+from zo_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
 #: What each recipe's networks read.
 RECIPES = {"paper": INPUTS, "improved": FEATURES, "closed-form": FEATURES, "forward": FEATURES}
 
+_MAX_TEXT = 4096  # characters of a field, a name or a metric
 _MAX_CARD = 4 << 20  # characters; OPT-30B's card has 37,000
 _SAMPLE = 256  # leading elements of every parameter that a fingerprint reads
 
@@ -51,21 +56,21 @@ class Card:
         """Read and check a card. Raises: InputError naming `path` and the key."""
         if len(text) > _MAX_CARD:
             raise InputError(f"{path}: the card has {len(text)} characters; at most {_MAX_CARD} are read")
-        try:
-            card = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the card is not JSON ({error}); export the file again") from error
+        card = parse_json(text, f"{path}: the card", "export the file again")
         if not isinstance(card, dict) or type(card.get("format_version")) is not int:
             raise InputError(f'{path}: the card has no whole number "format_version"; export the file again')
         if card["format_version"] != FORMAT_VERSION:
-            raise InputError(f'{path}: "format_version" {card["format_version"]} in the card, this release '
+            raise InputError(f'{path}: "format_version" {shown(card["format_version"])} in the card, this release '
                              f"reads {FORMAT_VERSION}; update zo-finetuner, or export the file again")
         known = {entry.name: entry for entry in fields(cls)}
         for key, value in card.items():
             if key not in known:
-                raise InputError(f"{path}: unknown key {key[:80]!a} in the card{nearest(key, known)}")
+                raise InputError(f"{path}: unknown key {key[:80]!a} in the card{nearest(key[:80], known)}")
             if not _fits(known[key].type, value):
                 raise InputError(f'{path}: "{key}" in the card is not of type {known[key].type}')
+            if not _is_printable(value):
+                raise InputError(f'{path}: "{key}" in the card is no text in one line of at most {_MAX_TEXT} '
+                                 "characters; export the file again")
         for key in ("source", "names", "hidden", "inputs", "recipe"):
             if key not in card:
                 raise InputError(f'{path}: the card has no "{key}"; export the file again')
@@ -81,6 +86,15 @@ class Card:
                              f"those of this release {list(RECIPES[self.recipe])}")
         if self.sigma and len(self.sigma) != len(self.names):
             raise InputError(f'{path}: "sigma" in the card has {len(self.sigma)} numbers for {len(self.names)} blocks')
+        if self.sigma and min(self.sigma) < 0:
+            name = self.names[self.sigma.index(min(self.sigma))]
+            raise InputError(f'{path}: "sigma" of {name} in the card is negative ({min(self.sigma):g}); learn it again')
+        if not re.fullmatch("(shapes:[0-9a-f]{16} weights:[0-9a-f]{16})?", self.base_fingerprint):
+            raise InputError(f'{path}: "base_fingerprint" {self.base_fingerprint[:80]!a} in the card is no fingerprint '
+                             "of a model; learn it again")
+        if not 0 <= self.noise_contract <= NOISE_VERSION:
+            raise InputError(f'{path}: "noise_contract" {shown(self.noise_contract)} in the card, this release knows '
+                             f"up to {NOISE_VERSION}; update zo-finetuner")
 
 
 def _fits(annotation: str, value: object) -> bool:
@@ -95,7 +109,14 @@ def _fits(annotation: str, value: object) -> bool:
 
 
 def _is_metric(value: object) -> bool:
-    return type(value) is str or (type(value) in (int, float) and abs(value) < math.inf)
+    return type(value) is str or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+
+
+def _is_printable(value: object) -> bool:
+    """Whether all texts in a field can be shown: a terminal obeys control characters."""
+    texts = [value] if type(value) is str else value if isinstance(value, list) else []
+    texts = texts if not isinstance(value, dict) else [*value, *value.values()]
+    return all(is_plain(text) and len(text) <= _MAX_TEXT for text in texts if type(text) is str)
 
 
 @torch.no_grad()
@@ -105,7 +126,8 @@ def fingerprint(model: nn.Module) -> str:
     shapes, weights = hashlib.blake2s(digest_size=8), hashlib.blake2s(digest_size=8)
     for name, parameter in model.named_parameters():
         shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        weights.update(parameter.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
+        for part in parts(parameter.detach()):
+            weights.update(part.flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
     return f"shapes:{shapes.hexdigest()} weights:{weights.hexdigest()}"
 
 

@@ -15,26 +15,31 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from zo_finetuner.errors import InputError
+from zo_finetuner.errors import InputError, RunStopped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0, or 2 for bad input, or 130 after Ctrl-C)."""
+    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C)."""
     arguments = vars(_parser().parse_args(argv))
     run = arguments.pop("run")
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
-    logging.getLogger("zo_finetuner").setLevel(logging.INFO)
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks for all
+    logging.getLogger("zo_finetuner").setLevel(logging.INFO if leads else logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
-    warnings.showwarning = _one_line
+    warnings.showwarning = _one_line if leads else lambda *_: None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()
     try:
         run(arguments)
     except InputError as error:
-        print(f"zo: error: {error}", file=sys.stderr)
+        if leads:
+            print(f"zo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("zo: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+    except RunStopped as error:
+        print(f"zo: stopped: {error}; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
     return 0
 
@@ -72,13 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(verb("train", _train, "fine-tune a model on a task"))
     add_commands(verbs)
 
-    evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows")
+    evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows, or on rows of your own")
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")
-    evaluate.add_argument("--task", required=True)
-    evaluate.add_argument("--data", help="folder with train.jsonl and validation.jsonl, or a Hub dataset")
+    evaluate.add_argument("--task", default="", help="without one, --data or --test-data are rows of your own")
+    evaluate.add_argument("--data", help="as for zo train: the test rows that it would hold out are evaluated")
+    evaluate.add_argument("--test-data", help="rows of your own to evaluate, all of them")
+    add_settings_flag(evaluate, "--columns", "a column of your data by another name, NAME=COLUMN; repeat it")
+    evaluate.add_argument("--objective", help="measure by an objective of your own, FILE.py:NAME or MODULE:NAME")
+    evaluate.add_argument("--maximize", action="store_true", help="it is one of which more is better")
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES)
     evaluate.add_argument("--batch-size", type=int, default=32)
-    evaluate.add_argument("--num-eval", type=int, help="validation rows; default: the protocol's")
+    evaluate.add_argument("--num-eval", type=int, help="test rows; default: the protocol's, or all of your own")
+    evaluate.add_argument("--max-length", type=int, default=2048)
     evaluate.add_argument("--data-seed", type=int, default=0)
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
 
@@ -112,33 +122,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.agreement import agreed
     from zo_finetuner.config import resolve
+    from zo_finetuner.ranks import join, leads, leave
 
     arguments.pop("verb")
-    config = resolve(arguments)
+    join()
+    with agreed():
+        config = resolve(arguments)
     from zo_finetuner.training import train
 
     result = train(config)
+    if not leads():
+        return leave()
     print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
           f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
           f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+    leave()
+
+
+EVALUATED = ("task", "data", "test_data", "objective", "maximize", "num_eval", "data_seed")
 
 
 def _eval(arguments: dict[str, Any]) -> None:
-    from zo_finetuner.data import load_splits
-    from zo_finetuner.encoding import context_length, encode_rows
-    from zo_finetuner.evaluation import evaluate_split
+    from zo_finetuner.config import RunConfig, parse_settings
+    from zo_finetuner.encoding import context_length
     from zo_finetuner.files import write_json
     from zo_finetuner.loading import load_model
-    from zo_finetuner.tasks import get_task
+    from zo_finetuner.workload import make_workload
 
     if arguments["batch_size"] < 1:
         raise InputError(f"batch_size must be at least 1, got {arguments['batch_size']}")
-    task = get_task(arguments["task"])
-    rows = load_splits(task, arguments["data"], seed=arguments["data_seed"], num_eval=arguments["num_eval"])
+    config = RunConfig(
+        columns=parse_settings(arguments.get("columns", []), "--columns"),
+        **{name: arguments[name] for name in EVALUATED},
+    )
+    config.check_data(config.data or config.test_data)
+    work = make_workload(config)
     model, tokenizer = load_model(arguments["model"], arguments["dtype"])
-    encoded = encode_rows(task, rows.test, tokenizer, context_length(model))
-    values = evaluate_split(model, task, encoded, tokenizer, arguments["batch_size"], progress=True)
+    encoded = work.encode("test", tokenizer, context_length(model, arguments["max_length"]))
+    values = work.evaluate(model, encoded, tokenizer, arguments["batch_size"], progress=True)
     print(json.dumps(values, indent=2))
     if arguments["output"]:
         write_json(Path(arguments["output"]), values)

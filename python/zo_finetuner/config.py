@@ -11,10 +11,15 @@ from typing import Any
 
 import yaml
 
+from zo_finetuner.adapters import ADAPTERS, Adapter, default_rates
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
+from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
-from zo_finetuner.optim import METHODS, PRESETS, check_method
+from zo_finetuner.optim import METHODS, check_method
 from zo_finetuner.probing import MODES
+from zo_finetuner.quantised import QUANTISATIONS
+from zo_finetuner.reading import is_plain, shown
+from zo_finetuner.yaml_file import read_yaml
 
 GRAPHS = ("auto", "always", "never")  # auto: on a GPU (no "on" and "off", which YAML takes for true and false)
 
@@ -30,8 +35,20 @@ class RunConfig:
     """Settings of `zo train`.  A flag is the field's name with dashes; a YAML key is the field's name."""
 
     model: str = _option("", "folder of a Hugging Face model, or a Hub id")
-    task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop")
-    data: str | None = _option(None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's")
+    task: str = _option("", "sst2 rte cb boolq wsc wic multirc copa record squad drop; without: rows of your own")
+    data: str | None = _option(
+        None, "folder of {train,validation}.jsonl, or a Hub dataset; default: the task's. Without a task: rows of "
+        "text, of prompt and completion, or of messages, in a .jsonl, .json, .csv or .parquet file, a folder of such "
+        "splits, or a Hub dataset"
+    )
+    columns: dict = _option({}, "a column of your data by another name, NAME=COLUMN, as prompt=question; repeat it")
+    dev_data: str | None = _option(None, "dev rows of your own (default: held out of --data)")
+    test_data: str | None = _option(None, "test rows of your own (default: held out of --data)")
+    objective: str | None = _option(
+        None, "an objective of your own instead of the loss, FILE.py:NAME or MODULE:NAME: (model, batch) or (model, "
+        "tokenizer, batch) -> a number, which is minimised"
+    )
+    maximize: bool = _option(False, "more is better: maximise the objective of your own")
     output_dir: str = _option("", "where the run goes")
     optimizer: str = _option("mezo", " or ".join(METHODS))
     set: dict = _option({}, "a setting of the optimizer, NAME=VALUE; as often as needed (YAML: set: {name: value})")
@@ -42,6 +59,7 @@ class RunConfig:
     steps: int = _option(1000, "number of steps")
     batch_size: int = _option(16, "examples per micro-batch")
     grad_accum: int = _option(1, "micro-batches per step, evaluated under one perturbation")
+    probe_ranks: int = _option(1, "of several processes so many share the probes of a step, the others its rows")
     lr: float | None = _option(None, "learning rate; default: the optimizer's own, MeZO's is 1e-6")
     eps: float | None = _option(None, "size of the perturbation; default: the optimizer's own, mostly 1e-3")
     seed: int = _option(0, "seed of the directions and of the order of the rows")
@@ -49,14 +67,25 @@ class RunConfig:
     lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
     warmup_steps: int = _option(0, "steps of learning-rate warm-up")
     weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
+    clip: float = _option(0.0, "bound of the projected gradient; 0: none")
+    explosion: float = _option(10.0, "skip a step with a loss above so many times max(1, its running mean); 0: never")
+    max_skipped: float = _option(0.5, "stop when more than this share of the last steps (about 50) was skipped")
     probing: str = _option(
         "auto", "scratch (weights never written by a probe), paired (both signs in one forward), inplace, auto by dtype"
     )
     graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
-    lora_rank: int = _option(0, "train a LoRA adapter of this rank instead of the whole model")
-    lora_alpha: int = _option(16, "LoRA's alpha")
+    adapter: str | None = _option(None, f"train an adapter instead of the whole model: {', '.join(ADAPTERS)}")
+    lora_rank: int = _option(0, "rank of lora and dora (default: 8); alone it asks for lora")
+    lora_alpha: int = _option(16, "alpha of lora and dora")
+    lora_targets: str | None = _option(
+        None, "layers of lora and dora, q_proj,v_proj or all-linear; default: PEFT's for the architecture"
+    )
+    virtual_tokens: int = _option(0, "tokens of prefix (default: 5) and prompt (default: 10)")
+    quantize: str | None = _option(
+        None, f"quantise the base under an adapter while it is loaded: {', '.join(QUANTISATIONS)}"
+    )
     num_train: int | None = _option(None, "training rows; default: the protocol's")
     num_dev: int | None = _option(None, "dev rows, for the best checkpoint; default: the protocol's")
     num_eval: int | None = _option(None, "test rows; default: the protocol's")
@@ -67,24 +96,32 @@ class RunConfig:
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
     resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
+    journal: bool = _option(True, "write every step to output_dir/journal.zoj, for `zo replay`")
     checkpoints: bool = _option(True, "keep the best and the last weights on disk; without, a run ends with its last")
     save_model: bool = _option(True, "write the weights to output_dir/model at the end")
 
     def check(self) -> None:
         """Raise InputError for the first setting that cannot work.  Rates that are not given become the optimizer's."""
-        for name in ("model", "task", "output_dir"):
+        for name in ("model", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
+        self.check_data(self.data)
+        self.check_objective()
         check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)
-        preset = PRESETS[self.optimizer]
-        self.lr, self.eps = _first(self.lr, preset.lr), _first(self.eps, preset.eps)
+        if self.lora_rank and not self.adapter:
+            self.adapter = "lora"
+        self.make_adapter()
+        lr, eps = default_rates(self.optimizer, self.adapter)
+        self.lr, self.eps = _first(self.lr, lr), _first(self.eps, eps)
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
-        for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length"):
+        self.limits()
+        for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "logging_steps", "max_length",
+                     "probe_ranks"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_steps", "warmup_steps", "lora_rank"):
+        for name in ("eval_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.num_dev is not None and self.num_dev < 1:
@@ -95,6 +132,45 @@ class RunConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+
+    def make_adapter(self) -> Adapter | None:
+        """The adapter that is asked for.  Raises InputError."""
+        if self.quantize and self.quantize not in QUANTISATIONS:
+            raise InputError(f'unknown quantize "{self.quantize}"{nearest(self.quantize, QUANTISATIONS)}; there are: '
+                             f"{', '.join(QUANTISATIONS)}")
+        if self.adapter:
+            return Adapter(self.adapter, self.lora_rank, self.lora_alpha, self.lora_targets, self.virtual_tokens)
+        for name in ("quantize", "lora_targets", "virtual_tokens"):
+            if getattr(self, name):
+                raise InputError(f"{name} is given, but no adapter: add --adapter {' or '.join(ADAPTERS)}")
+        return None
+
+    def check_objective(self) -> None:
+        """Raise InputError for what does not go with an objective of one's own, which is a number from the host."""
+        if self.maximize and not self.objective:
+            raise InputError("maximize is for an objective of your own: give --objective, or leave it out")
+        if not self.objective:
+            return
+        if self.graphs == "always":
+            raise InputError("graphs always: an objective of your own runs on the host, which no CUDA graph repeats")
+        if self.probing == "paired":
+            raise InputError("probing paired makes one model call for both signs; an objective of your own may call "
+                             "the model as it likes: use --probing scratch or inplace")
+        if self.optimizer == "forward-grad" or self.set.get("estimator") == "slope":
+            raise InputError("an exact derivative needs a loss made of differentiable operators; with an objective of "
+                             "your own use a method that compares values, such as mezo or es")
+        self.graphs = "never"
+
+    def check_data(self, needed: str | None) -> None:
+        """Raise InputError where it is not said what the rows are.  needed: a source of one's own, without a task."""
+        if not (self.task or needed):
+            raise InputError("task is missing: give --task, or --data with rows of your own")
+        given = [name for name in ("columns", "dev_data", "test_data") if getattr(self, name)]
+        if self.task and given:
+            raise InputError(f"{given[0]} is for rows of your own, task {self.task} has its own: leave one of them out")
+
+    def limits(self) -> Limits:
+        return Limits(self.clip, self.explosion, self.max_skipped)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -125,13 +201,17 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     kinds = typing.get_type_hints(RunConfig)
     for key in values:
         if key not in kinds:
-            raise InputError(f'{path}: unknown key "{key}"{nearest(key, kinds)}')
+            raise InputError(f'{path}: unknown key "{shown(key)}"{nearest(str(key)[:80], kinds)}')
     settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
-    if "set" in flags:
-        settings["set"] = settings.get("set", {}) | parse_settings(flags.pop("set"))
+    for name in ("set", "columns"):
+        if name in flags:
+            settings[name] = settings.get(name, {}) | parse_settings(flags.pop(name), f"--{name}")
     settings |= {k: _convert(v, kinds[k], f"--{k.replace('_', '-')}") for k, v in flags.items()}
     config = RunConfig(**settings)
-    config.check()
+    try:
+        config.check()
+    except InputError as error:
+        raise InputError(f"{error} (settings of {path} and flags)") if path else error from None
     return config
 
 
@@ -139,34 +219,16 @@ def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> 
     parser.add_argument(flag, action="append", default=argparse.SUPPRESS, metavar="NAME=VALUE", help=text)
 
 
-def parse_settings(texts: list[str]) -> dict[str, str]:
+def parse_settings(texts: list[str], flag: str = "--set") -> dict[str, str]:
     """["beta=0.9", ...] -> {"beta": "0.9", ...}; the last of a name counts.  Raises InputError."""
     for text in texts:
         if not text.partition("=")[0] or "=" not in text:
-            raise InputError(f"--set takes NAME=VALUE, got {text!r}")
+            raise InputError(f"{flag} takes NAME=VALUE, got {text!r}")
     return dict(text.split("=", 1) for text in texts)
 
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where}: is not valid YAML ({getattr(error, 'problem', error)})") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path}: must hold `key: value` lines, not a {type(loaded).__name__}")
-    return loaded
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
@@ -185,8 +247,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
+        if kind is str and not is_plain(value):  # no path holds a NUL, and no line of a message a line break
+            raise ValueError
         return kind(value)
     except (ValueError, TypeError, OverflowError):
-        names = {int: "an integer", float: "a number", str: "text", bool: "true or false",
+        names = {int: "an integer", float: "a number", str: "text in one line", bool: "true or false",
                  dict: "`name: value` lines"}
-        raise InputError(f"{where} must be {names[kind]}, got {value!r}") from None
+        raise InputError(f"{where} must be {names[kind]}, got {shown(value)}") from None

@@ -24,9 +24,8 @@ def draw_curves(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metric = next(
-        (k for h in histories.values() for e in h for k in e if k in ("eval_accuracy", "eval_f1")), "eval_accuracy"
-    )
+    evaluations = [e for h in histories.values() for e in h if "eval_loss" in e]
+    metric = next((k for e in evaluations for k in e if k.startswith("eval_") and k != "eval_loss"), "eval_loss")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for name, history in histories.items():
         evaluated = [e for e in history if "eval_loss" in e]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.reading import decode, parse_json, read_lines, shown
 from zo_finetuner.tasks import Task
 
 # Where a training split is too small for both, dev takes at most this share (CB's 100 of 250 are .40).
@@ -77,8 +78,8 @@ def load_splits(
             f"using {train} train + {dev} dev",
             stacklevel=2,
         )
-    order = _permutation(available, seed)[: train + dev]
-    test_order = _permutation(len(rows["validation"]), seed)[:num_eval]
+    order = permutation(available, seed)[: train + dev]
+    test_order = permutation(len(rows["validation"]), seed)[:num_eval]
     return Splits(
         train=[rows["train"][i] for i in order[:train]],
         dev=[rows["train"][i] for i in order[train:]],
@@ -132,8 +133,7 @@ def _fault(name: str, value: Any, kind: Any) -> str | None:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shown(json.dumps(value, ensure_ascii=False, default=repr), 57)
 
 
 def _open(task: Task, source: str | Path | None, split: str) -> tuple[str, Iterator[tuple[str, Any]]]:
@@ -153,28 +153,11 @@ def _open(task: Task, source: str | Path | None, split: str) -> tuple[str, Itera
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     # Plain json instead of the `datasets` reader: that one names neither line nor byte, and casts types
     # silently.
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         found = ", ".join(sorted(p.name for p in path.parent.iterdir())) or "nothing"
-        raise InputError(f"{path}: no such file; the folder holds {found}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            fault = f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8"
-            raise InputError(f"{place}: {fault}; save the file as UTF-8") from None
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            fault = f"not JSON at column {error.colno} ({error.msg})"
-            raise InputError(f"{place}: {fault}; write one object a line") from None
-        yield place, row
+        raise InputError(f"{path}: no such file; the folder holds {shown(found, 200)}")
+    for place, line in read_lines(path):
+        yield place, parse_json(decode(line, place), place, "write one object a line")
 
 
 def _read_hub(task: Task, source: str | None, split: str) -> tuple[str, Iterator[tuple[str, Any]]]:
@@ -202,7 +185,7 @@ def _fit(available: int, num_train: int, num_dev: int) -> tuple[int, int]:
     return min(num_train, available - dev), dev
 
 
-def _permutation(count: int, seed: int) -> list[int]:
+def permutation(count: int, seed: int) -> list[int]:
     return np.random.RandomState(seed).permutation(count).tolist()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +26,16 @@ from zo_finetuner.tasks.templates import Row
 MAX_NEW_TOKENS = 50  # of a generated answer; a generation task's inputs leave room for them
 IGNORED = -100
 
+Candidate = tuple[tuple[int, ...], tuple[int, ...]]  # token ids, and the targets at their end (IGNORED: no target)
+
 
 @dataclass(frozen=True)
 class Encoded:
     """One row as token ids: a sequence (prompt and option) per candidate, each ending in option_lengths[c]
     option tokens. labels are the correct candidates; training uses the first. A generation task has the gold
     answer as its only candidate, and besides the prompt alone and the gold texts. cut is the number of tokens
-    truncated."""
+    truncated. unscored are places in the only sequence, within its option, that are no targets: other speakers' turns.
+    row is what it was made of, for objectives that look at it."""
 
     kind: str
     sequences: tuple[tuple[int, ...], ...]
@@ -41,6 +44,8 @@ class Encoded:
     prompt: tuple[int, ...]
     answers: tuple[str, ...] = ()
     cut: int = 0
+    unscored: frozenset[int] = frozenset()
+    row: Row | None = field(default=None, compare=False, repr=False)
 
     @property
     def shares_prompt(self) -> bool:
@@ -48,6 +53,12 @@ class Encoded:
         all."""
         head = self.sequences[0][:-1]
         return all(n == 1 for n in self.option_lengths) and all(s[:-1] == head for s in self.sequences)
+
+    def candidate(self, c: int) -> Candidate:
+        """A sequence, and its last tokens, the option, as targets."""
+        sequence = self.sequences[c]
+        places = range(len(sequence) - self.option_lengths[c], len(sequence))
+        return sequence, tuple(IGNORED if i in self.unscored else sequence[i] for i in places)
 
 
 def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Encoded:
@@ -68,16 +79,16 @@ def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Enco
             f"it needs {max_length - limit + leading + 2} or more"
         )
     prompt = task.prompt(row)
-    bare = _tokens(tokenizer, prompt.rstrip(" ").lstrip())
+    bare = text_tokens(tokenizer, prompt.rstrip(" ").lstrip())
     sequences, lengths, cut = [], [], 0
     for candidate in task.candidates(row):
-        ids = _tokens(tokenizer, (prompt + candidate).strip(" ").lstrip())
+        ids = text_tokens(tokenizer, (prompt + candidate).strip(" ").lstrip())
         if len(ids) <= len(bare):
             raise InputError(
                 f'task "{task.name}": the option {candidate!r} adds no token to its prompt '
                 f"({len(bare)} tokens without it, {len(ids)} with it); use another tokenizer or label word"
             )
-        kept = _truncate(ids, limit, leading)
+        kept = cut_left(ids, limit, leading)
         cut = max(cut, len(ids) - len(kept))
         sequences.append(kept)
         # An option that fills the whole length still needs one token before it.
@@ -88,9 +99,10 @@ def encode(task: Task, row: Row, tokenizer: Any, max_length: int = 2048) -> Enco
         sequences=tuple(sequences),
         option_lengths=tuple(lengths),
         labels=(label,) if isinstance(label, int) else tuple(label),
-        prompt=_truncate(bare, limit, leading),
+        prompt=cut_left(bare, limit, leading),
         answers=tuple(task.answers(row)),
         cut=cut,
+        row=row,
     )
 
 
@@ -113,7 +125,7 @@ def encode_rows(task: Task, rows: Iterable[Row], tokenizer: Any, max_length: int
 
 
 def context_length(model: Any, most: int = 2048) -> int:
-    """Longest sequence to feed: the model's positions, but never more than the protocol's 2048."""
+    """Longest sequence to feed: the model's positions, but never more than `most`, which is the protocol's 2048."""
     config = model.config.get_text_config()
     return min(most, getattr(config, "max_position_embeddings", None) or most)
 
@@ -145,8 +157,8 @@ def collate(
     Always there: input_ids, position_ids (N, T), and where logits are wanted: places (N, K), chosen (M,); with a
     row that several share also trunks, branches (N, T) (`packing.lay_out`). With gold_only (the default but for
     classification) of S = B sequences, each row's first correct option,
-        targets (S, L)  option tokens, right-aligned, IGNORED before them; L is the longest option, with few_shapes a
-                        power of two beyond it
+        targets (S, L)  option tokens, right-aligned, IGNORED before them and where unscored; L is the longest option,
+                        with few_shapes a power of two beyond it
         counted (M,)    flat indices of the M real targets, in the order of the labels; with few_shapes ends in zeros,
                         which is no target's place
     Otherwise S counts all candidates of all B rows, and there are besides
@@ -160,7 +172,7 @@ def collate(
     if gold_only is None:
         gold_only = encodeds[0].kind != "classification"
     if gold_only:
-        gold = [[(e.sequences[e.labels[0]], e.option_lengths[e.labels[0]])] for e in encodeds]
+        gold = [[e.candidate(e.labels[0])] for e in encodeds]
         return collate_options(gold, pad_id, packed=packed, multiple_of=multiple_of, few_shapes=few_shapes)
 
     counts = torch.tensor([len(e.sequences) for e in encodeds])
@@ -173,7 +185,7 @@ def collate(
         options = torch.tensor([s[-1] for e in encodeds for s in e.sequences])
         batch["candidates"], members[valid] = options.unique(return_inverse=True)
     else:
-        candidates = [list(zip(e.sequences, e.option_lengths, strict=True)) for e in encodeds]
+        candidates = [[e.candidate(c) for c in range(len(e.sequences))] for e in encodeds]
         batch = collate_options(candidates, pad_id, packed=packed, multiple_of=multiple_of, few_shapes=few_shapes)
         members[valid] = torch.arange(batch["targets"].shape[0])
     gold = torch.tensor([e.labels[0] for e in encodeds])
@@ -181,25 +193,26 @@ def collate(
 
 
 def collate_options(
-    groups: Sequence[Sequence[tuple[tuple[int, ...], int]]],
+    groups: Sequence[Sequence[Candidate]],
     pad_id: int,
     *,
     packed: bool = False,
     multiple_of: int = 8,
     few_shapes: bool = False,
 ) -> dict[str, Tensor]:
-    """`collate` for groups of (sequence, length of the option that ends it), S in all; those of a group share their
-    prompt in a packed batch."""
+    """`collate` for groups of candidates, S in all; those of a group share their prompt in a packed batch."""
     documents, labels = [], []
     for group in groups:
         fed = [sequence[:-1] for sequence, _ in group]
-        lengths = iter(length for _, length in group)
+        targets = iter(option for _, option in group)
         for document in grow(fed) if packed else map(Document, fed):
             for path, end in enumerate(document.ends):
-                # The token before the option predicts its first, and so on: the last `length` that are fed.
-                labels += [(len(documents), path, p) for p in range(end - next(lengths), end)]
+                option = next(targets)
+                # The token before the option predicts its first, and so on: the last that are fed.
+                places = range(end - len(option), end)
+                labels += [(len(documents), path, p) for p, t in zip(places, option, strict=True) if t != IGNORED]
             documents.append(document)
-    options = [sequence[-length:] for group in groups for sequence, length in group]
+    options = [option for group in groups for _, option in group]
     longest = max(map(len, options))
     width = power_of_two(longest + 1, 64) if few_shapes else longest
     targets = torch.tensor([[IGNORED] * (width - len(option)) + list(option) for option in options])
@@ -246,12 +259,12 @@ def special_tokens(tokenizer: Any) -> tuple[int, int]:
     raise InputError(f"{type(tokenizer).__name__} changes a text's own tokens when it adds special ones")
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
     ids = tokenizer(text, verbose=False)["input_ids"]
     return ids[: len(ids) - special_tokens(tokenizer)[1]]
 
 
-def _truncate(ids: list[int], limit: int, leading: int) -> tuple[int, ...]:
+def cut_left(ids: list[int], limit: int, leading: int) -> tuple[int, ...]:
     if len(ids) <= limit:
         return tuple(ids)
     return tuple(ids[:leading] + ids[len(ids) - (limit - leading) :])

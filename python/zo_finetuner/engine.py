@@ -9,8 +9,8 @@
 what the host does after.
 
 The engine owns the weights, the noise and the forwards; methods see descriptions and scalars.  Losses, coefficients
-and scales stay on the device: nothing here waits for the host.  A step whose losses are not all finite is skipped on
-the device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
+and scales stay on the device: nothing here waits for the host.  A step that must not be (`guards.py`) is skipped on the
+device (coefficient 0, no decay, the method's state and memory as before), counted, and reported at the next step.
 """
 
 from __future__ import annotations
@@ -23,20 +23,36 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetuner.autocast import casts_not_kept
+from zo_finetuner.block_kinds import by_kind
 from zo_finetuner.errors import InputError, require_not_negative, require_positive
+from zo_finetuner.guards import Guard, Limits
 from zo_finetuner.optim.base import Method, Probe, Slope, StepContext, Update
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
+from zo_finetuner.ranks import Ranks
+from zo_finetuner.recorder import Recorder
 from zo_finetuner.step_inputs import StepInputs
 from zo_finetuner.tangent import directional_derivative
 from zo_finetuner.update import guarded
+from zo_finetuner.window import as_window, flat, total
 from zo_kernels import NOISE_VERSION, Blocks, block_stats
 
 logger = logging.getLogger(__name__)
 
 LossFn = Callable[[], Tensor | float]
 LossOf = Callable[[Any], Tensor | float]
+
+
+class Given:
+    """In place of a loss function: the losses of a step that is repeated from a journal, in their order."""
+
+    def __init__(self, losses: Tensor):
+        self._losses, self._next = losses, 0
+
+    def take(self, count: int) -> Tensor:
+        self._next += count
+        return self._losses[self._next - count : self._next]
 
 
 class Engine:
@@ -47,6 +63,9 @@ class Engine:
     probing: "scratch" (weights never written by a probe), "paired" (scratch, both signs in one forward), "inplace"
         (fp32 weights, adapters), "auto" by dtype.
     weight_decay: decoupled; theta is multiplied by 1 - lr * weight_decay in the update's pass.
+    limits: which steps are clipped or skipped, and when a run stops.
+    journal: where every step is written down (`journal.py`), None for nowhere.
+    ranks: the processes that take the steps together (`ranks.py`), each with its own rows or probes.
 
     Raises InputError for eps that is not positive and finite, a method whose state does not fit or that cannot be
     probed so, and what `trainable_blocks` raises.
@@ -61,36 +80,46 @@ class Engine:
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        limits: Limits | None = None,
         blocks: Blocks | None = None,
+        journal: Recorder | None = None,
+        ranks: Ranks | None = None,
     ):
         require_positive("eps", eps, "; 1e-3 is usual")
         require_not_negative("weight_decay", weight_decay)
-        self.model, self.method = model, method
+        self.model, self.method, self.ranks = model, method, ranks
         self.blocks = trainable_blocks(model) if blocks is None else blocks
         parameters = dict(model.named_parameters())
         self.parameters = [parameters[name] for name in self.blocks.names]
+        if ranks is not None:
+            probing = ranks.probing(probing, method)
         self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
+        self.journal = journal
         self.step_count = 0
         self.device = self.blocks.device
         self.eps = torch.tensor(eps, dtype=torch.float32, device=self.device)
         self.inputs = StepInputs(method.directions, self.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.guard = Guard(limits or Limits(), {t.dtype for t in self.blocks.tensors}, method.slopes, self.device)
         self.last_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.projected_grad = torch.zeros((), dtype=torch.float32, device=self.device)
         self.realised_share: Tensor | None = None
-        self._skipped_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self._skipped_host = self._skipped_copy.numpy()  # read without an operator of torch
-        self._told = 0  # skipped steps already reported
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped, 0-dim on the device."""
+        return self.guard.skipped
 
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
         """One step: `loss_fn()` is called once per probe and must run forwards only; paired and low-rank probing call
-        it some times more before they trust a kind of model call.  Returns the mean of the probes' losses (0-dim fp32,
-        on the device), NaN when the step was skipped.
+        it some times more before they trust a kind of model call.  It returns a loss, or the window of losses and
+        weights that `window.py` describes.  Returns the mean of the probes' losses (0-dim fp32, on the device), NaN
+        when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
-        Raises RuntimeError naming a tensor that was moved to other memory since the engine was made.
+        Raises RuntimeError naming a tensor that was moved to other memory since the engine was made, and UnstableRun
+        (an InputError) when too many steps were skipped.
         """
         self.begin(lr)
         loss = self.compute(loss_fn)
@@ -105,7 +134,11 @@ class Engine:
     def begin(self, lr: float | Tensor) -> None:
         """Before a step: checks, what was to be told of the step before, and the step's inputs."""
         self._require_unmoved()
-        self._report_skips()
+        self.guard.report(self.step_count)
+        if self.ranks is not None:
+            self.ranks.require_replicas(self.blocks, self.step_count)
+        if self.journal is not None:
+            self.journal.before(self)
         self.inputs.fill(lr, self.seed, self.step_count)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
@@ -116,27 +149,28 @@ class Engine:
 
     @torch.no_grad()
     @casts_not_kept()
-    def compute(self, loss_fn: LossFn, captured: bool = False) -> Tensor:
+    def compute(self, loss_fn: LossFn | Given, captured: bool = False) -> Tensor:
         """What the device does in a step; returns its loss.  captured: into a CUDA graph, which has no step number."""
         training = self.model.training
         self.model.eval()  # no dropout: both probes must see the same function
         before = {name: tensor.clone() for name, tensor in self.method.kept().items()}
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        asked, told = [], []
         try:
             with phase("ask"):
                 request = self.method.ask(self._context(None if captured else self.step_count))
-            if self.step_count == 0:
+            if self.step_count == 0 and not isinstance(loss_fn, Given):
                 self._report_share(request)
             while not isinstance(request, Update):
-                losses = [self._evaluate(probe, request[i + 1 :], loss_fn) for i, probe in enumerate(request)]
-                self.probing.rehearse(request, losses, loss_fn)
-                losses = torch.hstack(losses)
-                finite = finite & torch.isfinite(losses).all()
+                losses = self._losses(request, loss_fn)
+                asked, told = [*asked, *request], [*told, losses]
                 with phase("tell"):
-                    request = self.method.tell(losses)
+                    request = self.method.tell(told[-1])
             with phase("update"):
-                self._apply(request, finite, before)
-                loss = torch.where(finite, request.loss, torch.nan)
+                request, ok = self.guard.judge(request, torch.cat(told))
+                update, decay = self._apply(request, ok, before)
+                if self.journal is not None:
+                    self.journal.take(self, asked, told, update, ok, decay)
+                loss = torch.where(ok, request.loss, torch.nan)
         except BaseException:
             self.probing.restore()
             for name, tensor in self.method.kept().items():
@@ -149,8 +183,10 @@ class Engine:
     @torch.no_grad()
     def end(self) -> None:
         """After a step: it is counted, and what the next one tells of it is sent without waiting."""
+        if self.journal is not None:
+            self.journal.after(self)
         self.step_count += 1
-        self._skipped_copy.copy_(self.skipped, non_blocking=True)
+        self.guard.send()
 
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
@@ -167,32 +203,44 @@ class Engine:
             block_stats=lambda: block_stats(self.blocks),
         )
 
-    def _evaluate(self, probe: Probe | Slope, following: list[Probe] | list[Slope], loss_fn: LossFn) -> Tensor:
-        """A loss, 0-dim; of a `Slope` the loss and a derivative, (2,)."""
+    def _losses(self, request: list[Probe] | list[Slope], loss_fn: LossFn | Given) -> Tensor:
+        """Of all probes asked for, (probes,); a slope has two numbers.  Of several ranks each evaluates its share."""
+        if isinstance(loss_fn, Given):
+            return torch.hstack([self._pass_by(probe, loss_fn) for probe in request])
+        mine = request if self.ranks is None else self.ranks.share(request)
+        windows = [self._evaluate(probe, mine[i + 1 :], loss_fn) for i, probe in enumerate(mine)]
+        losses = [total(window) for window in flat(windows)]
+        self.probing.rehearse(mine, losses, lambda: total(as_window(loss_fn(), self.device)))
+        return torch.stack(losses) if self.ranks is None else self.ranks.losses(request, windows)
+
+    def _pass_by(self, probe: Probe | Slope, given: Given) -> Tensor:
+        """A loss that is known, in place of its evaluation."""
+        if isinstance(probe, Probe):
+            self.probing.pass_by(probe)
+        return given.take(2 if isinstance(probe, Slope) else 1)
+
+    def _evaluate(
+        self, probe: Probe | Slope, following: list[Probe] | list[Slope], loss_fn: LossFn
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A loss or a window; of a `Slope` also its derivative."""
         if isinstance(probe, Slope):
             with phase("forward"):
                 return directional_derivative(self.model, self.blocks, probe.direction, loss_fn)
         with phase("probe"), self.probing.at(probe, following), phase("forward"):
             loss = loss_fn()
-        return torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach()
+        return as_window(loss, self.device)
 
-    def _apply(self, update: Update, finite: Tensor, before: dict[str, Tensor]) -> None:
-        """before: the method's memory as it was, which a step that is not finite gets back."""
-        update = guarded(update, finite)
-        decay = torch.where(finite, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
-        self.probing.apply(update, finite, decay, self.inputs.rounding)
+    def _apply(self, update: Update, ok: Tensor, before: dict[str, Tensor]) -> tuple[Update, Tensor | None]:
+        """before: the method's memory as it was, which a step that is skipped gets back.  Returns what was applied: the
+        update and the decay."""
+        update = guarded(update, ok)
+        decay = torch.where(ok, 1 - self.inputs.lr * self.weight_decay, 1.0) if self.weight_decay else None
+        self.probing.apply(update, ok, decay, self.inputs.rounding)
         for name, tensor in self.method.kept().items():
-            tensor.copy_(torch.where(finite, tensor, before[name]))
-        self.skipped += ~finite
-        self.last_loss.copy_(torch.where(finite, update.loss, self.last_loss))
-        self.projected_grad.copy_(torch.where(finite, update.projected_grad, 0.0))
-
-    def _report_skips(self) -> None:
-        """A skipped step is told of at the next one, from a copy made without waiting."""
-        skipped = int(self._skipped_host)
-        if skipped > self._told:
-            logger.warning("step %d was skipped: a loss was not finite (%d so far)", self.step_count - 1, skipped)
-        self._told = skipped
+            tensor.copy_(torch.where(ok, tensor, before[name]))
+        self.last_loss.copy_(torch.where(ok, update.loss, self.last_loss))
+        self.projected_grad.copy_(torch.where(ok, update.projected_grad, 0.0))
+        return update, decay
 
     def _report_share(self, request: list[Probe] | list[Slope]) -> None:
         """Rounding a 16-bit scratch may swallow a small perturbation: say how much of it is really made."""
@@ -205,9 +253,12 @@ class Engine:
             logger.info("realised share of the perturbation: %.3f to %.3f, median %.3f", low, high, middle)
 
     def metrics(self) -> dict[str, float]:
-        """The last step's numbers for a log (waits for the device)."""
-        values = {"projected_grad": self.projected_grad, "skipped_steps": self.skipped, **self.method.metrics}
-        return {name: float(value) for name, value in values.items()}
+        """The last step's numbers for a log (waits for the device); scales as `sigma/KIND`, a number for every kind of
+        block (`block_kinds.KINDS`): the root mean square."""
+        values = {"projected_grad": self.projected_grad, **self.guard.metrics(), **self.method.metrics}
+        sigma = values.pop("sigma", None)
+        kinds = {} if sigma is None else by_kind(self.blocks.names, sigma.tolist())
+        return {name: float(value) for name, value in values.items()} | {f"sigma/{k}": v for k, v in kinds.items()}
 
     def flush(self) -> None:
         """Write what a method of low-rank directions has collected into the weights; a model that is called, saved or
@@ -223,7 +274,7 @@ class Engine:
             "method": self.method.name,
             "seed": self.seed,
             "step": self.step_count,
-            "skipped": self.skipped,
+            "guard": self.guard.state,
             "last_loss": self.last_loss,
             "ids": dict(zip(self.blocks.names, self.blocks.ids, strict=True)),
             "probing": {"mode": self.probing.mode, **self.probing.state_dict()},
@@ -239,10 +290,8 @@ class Engine:
         if state["probing"]["mode"] != self.probing.mode:
             raise InputError(f"cannot resume: the run probed {state['probing']['mode']}, not {self.probing.mode}")
         self.seed, self.step_count = state["seed"], state["step"]
-        self.skipped.copy_(state["skipped"])
+        self.guard.load(state["guard"])
         self.last_loss.copy_(state["last_loss"])
-        self._skipped_copy.copy_(self.skipped)
-        self._told = int(self._skipped_host)
         self.probing.load_state_dict(state["probing"])
         self.method.load_state_dict(state["method_state"])
 

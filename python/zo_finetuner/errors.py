@@ -15,6 +15,14 @@ class InputError(ValueError):
     """Input that a user can mend: a file, a data row, an option, a model."""
 
 
+class UnstableRun(InputError):
+    """A run that was stopped, since most of its steps could not be taken."""
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on, through no fault of its input; what is on disk can be resumed."""
+
+
 def require_positive(name: str, value: float, hint: str = "") -> None:
     """InputError unless the value is above zero and finite."""
     if not (math.isfinite(value) and value > 0):

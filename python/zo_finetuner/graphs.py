@@ -108,6 +108,8 @@ class GraphedSteps:
         self.engine, self.most = engine, most
         self.capturer = CudaCapturer(engine.device) if capturer is None else capturer
         self.reason = "" if engine.method.uniform else f"the steps of {engine.method.name} are not all alike"
+        if engine.ranks is not None:
+            self.reason = "losses travel between processes in every step"
         if self.reason:
             logger.info("no CUDA graphs, all steps are eager: %s", self.reason)
         self.captures = self.replays = 0
@@ -237,6 +239,7 @@ def _premises(engine: Engine) -> list[tuple[str, Any]]:
     named = {
         "the method": method,
         "weight_decay": engine.weight_decay,
+        "the limits": engine.guard.limits,
         "eps (write it in place)": engine.eps,
         "the scratch": engine.probing.grown,
         "the way pairs are evaluated": getattr(engine.probing, "reason", ""),

@@ -7,31 +7,44 @@ checkpoints, `load_best_model_at_end` and resume stay the Trainer's.  It goes ov
     class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
 
 All micro-batches of a window are evaluated under one perturbation, so 8 x 1 equals 2 x 4 examples.
+
+Under torchrun or accelerate the processes take every step together (`ranks.py`): the Trainer deals the rows, rank 0
+logs and saves.  There are no gradients to average, so the model is wrapped in nothing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
+from zo_finetuner.agreement import agreed, data_facts, digest, method_facts, model_facts, require_same
+from zo_finetuner.checkpoints import WholeCheckpoints
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
+from zo_finetuner.optim.base import Method
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+from zo_finetuner.progress import Speed
+from zo_finetuner.ranks import Ranks, joined, leads
+from zo_finetuner.recorder import Recorder
 
 Objective = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
 
 
-class ZOTrainerMixin:
+class ZOTrainerMixin(WholeCheckpoints):
     """Keyword arguments besides the Trainer's own:
 
     zo: what `create_zo_optimizer` takes besides the learning rate, weight decay and seed, which are the
-        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto"}.  With
-        "graphs": True steps are repeated as CUDA graphs, one for each shape of a window: `compute_loss` or objective
-        then runs twice for a shape and not again.
+        TrainingArguments': {"optimizer": "zo-finetuner", "eps": 1e-3, "pertnn": FILE, "probing": "auto",
+        "limits": Limits(clip=1.0)}.  With "journal": PATH every step is written down there (`zo replay` rebuilds the
+        weights of any step from it).  With "graphs": True steps are repeated as CUDA graphs, one for each shape of a
+        window: `compute_loss` or objective then runs twice for a shape and not again.  With "probe_ranks": N, so many
+        of several processes share the probes of a step.
     objective: (model, batch) -> (loss_sum, weight); the window's loss is sum(loss_sum) / sum(weight).
         None: the Trainer's own `compute_loss`.
     """
@@ -41,8 +54,16 @@ class ZOTrainerMixin:
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
-        if self.args.world_size * max(1, self.args.n_gpu) > 1:
-            raise InputError("one process on one device for now: start without torchrun, set CUDA_VISIBLE_DEVICES=0")
+        self._speed = Speed()
+        self.add_callback(self._speed)
+        if self.args.n_gpu > 1:
+            raise InputError(f"one process drives one GPU, this one sees {self.args.n_gpu}: start one for each with "
+                             f"torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
+        probe_ranks = self._zo_arguments.pop("probe_ranks", 1)
+        self._ranks = Ranks(probe_ranks) if joined() else None
+        if joined():  # evaluation_mode: no DistributedDataParallel around the model; the Trainer has placed it
+            prepare, as_it_is = self.accelerator.prepare_model, {"device_placement": False, "evaluation_mode": True}
+            self.accelerator.prepare_model = lambda model, **_: prepare(model, **as_it_is)
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:
@@ -52,7 +73,12 @@ class ZOTrainerMixin:
         # Made here and not by the caller: only now is the model where it will be trained.
         if self.optimizer is None:
             batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-            arguments = {"seed": self.args.seed, "batch_size": batch} | self._zo_arguments
+            batch *= self._ranks.data if self._ranks else 1
+            arguments = {"seed": self.args.seed, "batch_size": batch, "ranks": self._ranks} | self._zo_arguments
+            if not leads():
+                arguments.pop("journal", None)
+            if isinstance(arguments.get("journal"), str | os.PathLike):
+                arguments["journal"] = Recorder(arguments["journal"], schedule_of(self.args))
             self.optimizer = create_zo_optimizer(
                 self.model if model is None else model,
                 lr=self.args.learning_rate,
@@ -61,17 +87,45 @@ class ZOTrainerMixin:
             )
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Ranks that share probes see the same rows."""
+        loader = super().get_train_dataloader()
+        if self._ranks and self._ranks.probes > 1:
+            sampler = getattr(loader, "batch_sampler", None)
+            if not hasattr(sampler, "process_index"):
+                raise InputError("probe_ranks need training rows with a length, which can be dealt by number")
+            sampler.num_processes, sampler.process_index = self._ranks.data, self._ranks.data_rank
+        return loader
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ranks:
+            with agreed():
+                self._require_agreement()
         try:
             return super().train(*args, **kwargs)
         finally:
             if isinstance(self.zo_optimizer, ZOOptimizer):
                 self.zo_optimizer.engine.flush()
+                if self.zo_optimizer.engine.journal is not None:
+                    self.zo_optimizer.engine.journal.sync()
+
+    def _require_agreement(self) -> None:
+        """InputError where ranks would not take the same steps.  The optimizer is made here: its method is compared."""
+        method = self._zo_arguments.get("optimizer", "mezo")
+        facts = model_facts(self.model) | {"training data": data_facts(self.train_dataset)}
+        own = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+               "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")  # fmt: skip
+        facts["TrainingArguments"] = digest([str(getattr(self.args, name)) for name in own])
+        plain = {n: value for n, value in self._zo_arguments.items() if isinstance(value, str | int | float | dict)}
+        own = method_facts(method) if isinstance(method, Method) else ""
+        facts["settings of the optimizer"] = digest(plain) + own
+        require_same(facts, method)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
+        self._speed.count(self._window)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -79,16 +133,20 @@ class ZOTrainerMixin:
         return self.zo_optimizer.engine.last_loss.clone()
 
     def _loss_of(self, inputs: tuple[list[dict[str, Any]], Any]) -> Tensor:
-        """The loss of a window: (its micro-batches, what the Trainer counted in them)."""
+        """The window (`window.py`) of its micro-batches and of what the Trainer counted in them."""
         model, (window, num_items_in_batch) = self._stepped_model, inputs
         if self._objective is not None:
             sums, weights = zip(*(self._objective(model, batch) for batch in window), strict=True)
-            return torch.stack(sums).sum() / torch.stack(weights).sum()
+            return torch.stack((torch.stack(sums), torch.stack(weights)))
         with masks_unread():
             losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in window]
-        # With num_items_in_batch each loss is already divided by the whole window's number of tokens.
-        divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return torch.stack(losses).sum() if divided else torch.stack(losses).mean()
+        losses = torch.stack(losses).float()
+        weights = torch.ones_like(losses)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # Each loss is already divided by the number of tokens of the whole window, and the Trainer has multiplied
+            # it by the number of processes, whose mean is the window's: a window weighs 1.
+            weights[1:] = 0.0
+        return torch.stack((losses, weights))
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         return None
@@ -99,8 +157,16 @@ class ZOTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
-            logs |= {f"zo/{name}": value for name, value in self.zo_optimizer.engine.metrics().items()}
+            numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
+            logs |= {f"zo/{name}": value for name, value in numbers.items()}
         super().log(logs, *args, **kwargs)
+
+
+def schedule_of(args: TrainingArguments) -> dict[str, Any]:
+    """What a journal's header says of the order of the data and of the schedule."""
+    names = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+             "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps")  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": str(args.lr_scheduler_type.value)}
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

@@ -34,6 +34,11 @@ class InPlaceProbing:
             apply_terms(self.blocks, terms)
         yield
 
+    def pass_by(self, probe: Probe) -> None:
+        """What a probe does to the weights, without an evaluation."""
+        with self.at(probe):
+            pass
+
     def measure(self) -> None:
         """Nothing to measure: an in-place probe rounds to nearest."""
 

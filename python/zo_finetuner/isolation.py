@@ -12,24 +12,28 @@ from zo_finetuner.masks import FULL, SLIDING, layer_kinds, text_config
 from zo_finetuner.objective import label_logits
 from zo_finetuner.packing import Document, lay_out
 from zo_finetuner.rows import forward_accepts, unwrap
+from zo_finetuner.virtual_tokens import VirtualTokens, virtual_tokens
 
 logger = logging.getLogger(__name__)
 
-_FAULTS: weakref.WeakKeyDictionary[nn.Module, tuple[str | None, str]] = weakref.WeakKeyDictionary()
+_FAULTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str | None, VirtualTokens], str]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def can_pack(model: nn.Module) -> bool:
     """Whether `encoding.collate(..., packed=True)` is for this model.
 
-    Asked once per model and attention implementation: three forwards of at most 24 tokens.  Where the answer is no, a
-    line of the log says which model and why, and padded batches give the same losses."""
+    Asked once per model, attention implementation and kind of virtual tokens: three forwards of at most 24 tokens.
+    Where the answer is no, a line of the log says which model and why, and padded batches give the same losses."""
     bare = unwrap(model)
     attention = getattr(getattr(bare, "config", None), "_attn_implementation", None)
-    if _FAULTS.get(bare, ("", ""))[0] != attention:
+    kind = attention, virtual_tokens(model)
+    if _FAULTS.get(bare, ("", ""))[0] != kind:
         fault = _declared_fault(model, attention) or _tried_fault(model)
         if fault:
             logger.warning("%s: batches are padded, not packed: %s", type(bare).__name__, fault)
-        _FAULTS[bare] = attention, fault
+        _FAULTS[bare] = kind, fault
     return not _FAULTS[bare][1]
 
 

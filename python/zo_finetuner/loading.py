@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,90 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo_finetuner.adapters import Adapter, adapter_base, add_adapter, load_adapter
 from zo_finetuner.errors import InputError, nearest
+from zo_finetuner.quantised import quantisation
+from zo_finetuner.reading import is_plain, read_object, shown
+from zo_finetuner.tensor_files import read_header
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
+MOST_CONFIG = 16 << 20  # bytes of config.json
+MOST_LAYERS = 1024  # of a model, and experts of a layer; Llama 405B has 126
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 logger = logging.getLogger(__name__)
 
 
 def load_model(
-    source: str, dtype: str = "auto", *, lora_rank: int = 0, lora_alpha: int = 16, random_weights: bool = False
+    source: str,
+    dtype: str = "auto",
+    *,
+    random_weights: bool = False,
+    quantize: str | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
 ) -> tuple[nn.Module, Any]:
     """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
-    Hub id.
+    Hub id; or a folder with a saved adapter, which is put onto its base and may be trained on.
 
-    dtype: "auto" keeps the checkpoint's.  lora_rank > 0 wraps the model in a PEFT LoRA adapter, whose weights alone
-    are trained.  random_weights: see `random_model`; the folder needs a config and a tokenizer only.
+    dtype: "auto" keeps the checkpoint's.  random_weights: see `random_model`; the folder needs a config and a tokenizer
+    only.  quantize: one of `quantised.QUANTISATIONS`, for the base.  adapter, seed: see `adapters.add_adapter`; the
+    adapter's weights alone are then trained.
 
     A checkpoint goes to the GPU tensor by tensor from its memory-mapped files: the host holds pages of the files,
     which the kernel may drop, and at most a few tensors that are being cast.
     Raises InputError: a missing file, truncated or integer weights, an unknown architecture."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    base = adapter_base(source)
+    if base is not None:
+        if adapter is not None:
+            raise InputError(f"model {source}: is an adapter already; leave --adapter, or give its base {base}")
+        model, tokenizer = load_model(base, dtype, random_weights=random_weights, quantize=quantize)
+        return load_adapter(model, source).to(model.device).eval(), tokenizer
     if _is_local(source):
-        check_folder(Path(source), weights=not random_weights)
+        check_folder(Path(source), weights=not random_weights, integers=adapter is not None)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if random_weights:
             model = random_model(source, dtype, device)
         else:
             # Without a map the model is put together on the host, and cast there where dtypes differ.
             where = {"device_map": {"": device}} if device.type != "cpu" else {}
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
-    if lora_rank:
-        model = _with_lora(model, lora_rank, lora_alpha).to(device)
+            if quantize:
+                where["quantization_config"] = quantisation(quantize)
+            model = _whole_model(source, dtype=dtype, **where)
+    if adapter is not None:
+        model = add_adapter(model, adapter, seed)
     return model.eval(), tokenizer
+
+
+def _whole_model(source: str, **how: Any) -> nn.Module:
+    """The model with every parameter from its files.  InputError where one is missing there or has another shape, which
+    transformers would draw at random; code that a folder brings along is not run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # its report of such tensors is a table
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True, **how
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(f"model {source}: tensors of its files have other shapes than config.json asks for; "
+                             "download both again") from None
+        raise
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"model {source}: tensor {missing[0]} is not in its files ({len(missing)} are missing) and "
+                         "would be random; download it again")
+    return model
 
 
 def random_model(source: str, dtype: str = "auto", device: torch.device | str = "cpu") -> nn.Module:
@@ -80,7 +126,7 @@ def _build(source: str, dtype: str, device: torch.device | str) -> nn.Module:
     if _is_local(source):
         _check_config(Path(source))
     with told_as_input_error(f"model {source}: cannot be built from its config"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised: use the bfloat16 checkpoint's")
         kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -100,84 +146,71 @@ def told_as_input_error(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: the package of a quantisation
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} ({reason[:300]})") from None
+    except Exception as error:  # of any type: its files are read by a dozen packages, in three languages
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} ({shown(reason, 300)})") from None
 
 
 def _is_local(source: str) -> bool:
     return Path(source).exists() or source.startswith((".", "/", "~"))
 
 
-def _with_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError:
-        raise InputError("lora_rank is set, but peft is not installed: pip install peft") from None
-    try:
-        return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha))
-    except ValueError as error:
-        raise InputError(f"LoRA: {' '.join(str(error).split())[:300]}") from None
-
-
-def check_folder(folder: Path, weights: bool = True) -> None:
+def check_folder(folder: Path, weights: bool = True, integers: bool = False) -> None:
     """Raise InputError unless the folder holds a config, a tokenizer and whole safetensors files of floats (weights
-    False: no matter which)."""
+    False: no matter which; integers: or of a quantised base)."""
     _check_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
     if not weights:
         return
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: is not a valid index (no weight_map); download it again") from None
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise InputError(f"model {folder}: no .safetensors file; convert the weights with model.save_pretrained()")
     for file in files:
-        check_safetensors(file)
+        check_safetensors(file, integers)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    names = read_object(index, "download it again").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: is not a valid index (no weight_map); download it again")
+    for tensor, name in names.items():
+        # A name with a folder in it would be looked for anywhere on this machine.
+        if not isinstance(name, str) or not is_plain(name) or name in ("", ".", "..") or re.search(r"[/\\]", name):
+            raise InputError(f"{index}: tensor {shown(tensor)} is said to be in {shown(name)}, which is no file of "
+                             "this folder; download it again")
+    return [folder / name for name in sorted(set(names.values()))]
 
 
 def _check_config(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"model {folder}: no such folder")
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise InputError(f"model {folder}: config.json is missing; give a folder in Hugging Face format")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config}: is not valid JSON ({error})") from None
+    values = read_object(config, "download it again", most=MOST_CONFIG, finite=False)
+    parts = {"": values} | {f"{key}.": value for key, value in values.items() if isinstance(value, dict)}
+    for prefix, part in parts.items():
+        for key, value in part.items():
+            if re.search("attn_implementation", key) and "/" in str(value):
+                raise InputError(f'{config}: "{shown(key)}" asks for code from the Hub ({shown(value)}), which is not '
+                                 "run; take the line out")
+            # A module is built for each before anything is compared with the weights.
+            if re.search("(layers?|experts)$", key) and type(value) is int and value > MOST_LAYERS:
+                name = shown(prefix + key)
+                raise InputError(f'{config}: "{name}" is {shown(value)}; at most {MOST_LAYERS:,} are built')
 
 
-def check_safetensors(file: Path) -> None:
-    """Raise InputError when the file is missing, shorter or longer than its header says, or holds integer weights.
-    Reads the header only."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(size - 8, 100 << 20):
-                raise InputError(f"{file}: is not a safetensors file, or is truncated; download it again")
-            header = json.loads(stream.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: has no valid safetensors header; download it again") from None
-    if size != 8 + length + end:
-        raise InputError(f"{file}: holds {size:,} bytes but its header needs {8 + length + end:,}; download it again")
-    integer = next((name for name, entry in tensors.items() if entry.get("dtype") in INTEGER_DTYPES), None)
-    if integer is not None:
+def check_safetensors(file: Path, integers: bool = False) -> None:
+    """Raise InputError when the file is missing, shorter or longer than its header says, or holds integer weights that
+    are not allowed.  Reads the header only."""
+    tensors = read_header(file).tensors
+    integer = next((name for name, tensor in tensors.items() if tensor.dtype in INTEGER_DTYPES), None)
+    if integer is not None and not integers:
         raise InputError(
-            f"{file}: tensor {integer} is {tensors[integer]['dtype']}: zeroth-order steps move floating weights; "
-            f"use the bfloat16 checkpoint, or train a LoRA adapter from Python (peft.get_peft_model)"
+            f"{file}: tensor {integer} is {tensors[integer].dtype}: zeroth-order steps move floating weights; "
+            f"use the bfloat16 checkpoint, or train an adapter on it (--adapter lora)"
         )

@@ -117,10 +117,7 @@ class LowRankProbing(TogetherProbing):
     @contextlib.contextmanager
     def _moved(self, probe: Probe) -> Iterator[None]:
         """Within it modules have side products and vectors of a probe."""
-        terms = [] if probe.direction is None else probe.terms
-        if not terms and self._modules:  # what is collected for their weights is seen in copies only
-            self.pending.merge()
-        self.pending.make_room(terms)
+        terms = self.pass_by(probe)
         self._factors, handles = [], []
         self._prepare(0, terms)
         try:
@@ -134,6 +131,19 @@ class LowRankProbing(TogetherProbing):
             self._swap(self._swapped, self._vectors.blocks.tensors)
             for handle in handles:
                 handle.remove()
+
+    def pass_by(self, probe: Probe) -> Terms:
+        """What a probe does to the weights: it may need a merge.  Returns its terms."""
+        terms = [] if probe.direction is None else probe.terms
+        if not terms and self._modules:  # what is collected for their weights is seen in copies only
+            self.pending.merge()
+        self.pending.make_room(terms)
+        return terms
+
+    @property
+    def merges(self) -> int:
+        """How often what was collected has been merged into the weights."""
+        return self.pending.merges
 
     def _prepare(self, member: int, terms: Terms) -> None:
         """Make a member's factors, and its copies of the vectors."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from zo_finetuner.rows import unwrap
+from zo_finetuner.virtual_tokens import NONE, VirtualTokens
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -27,8 +28,10 @@ def visible(batch: Mapping[str, Tensor]) -> Tensor:
     return path & (position[:, None] <= position[..., None])
 
 
-def attention_mask(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | None:
-    """The attention_mask argument for a batch of `packing.lay_out`.
+def attention_mask(
+    model: nn.Module, batch: Mapping[str, Tensor], virtual: VirtualTokens = NONE
+) -> Tensor | dict[str, Tensor] | None:
+    """The attention_mask argument for a batch of `packing.lay_out`; virtual: what comes before every row of it.
 
     None where every row holds one sequence: causal attention never reaches the padding behind it, and the fast kernels
     take no mask.  Else (N, 1, T, T), bool for SDPA and additive in the model's dtype for eager attention; a dictionary
@@ -37,11 +40,12 @@ def attention_mask(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | di
     if "branches" not in batch:
         return None
     config = text_config(model)
-    seen, position = visible(batch), batch["position_ids"]
+    seen, position = virtual.seen(visible(batch)), batch["position_ids"]
     kinds, window = layer_kinds(config), getattr(config, "sliding_window", None)
     if SLIDING not in kinds:
         return _as_taken(model, config, seen)
-    sliding = _as_taken(model, config, seen & (position[..., None] - position[:, None] < window))
+    apart = virtual.queries(position)[..., None] - virtual.keys(position)[:, None]
+    sliding = _as_taken(model, config, seen & (apart < window))
     return {FULL: _as_taken(model, config, seen), SLIDING: sliding} if FULL in kinds else sliding
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
 
 SHARED = ("cache_position", "logits_to_keep")  # arguments whose dimension 0 is not the batch's
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -113,6 +114,8 @@ class Members:
         return [tree_unflatten([parts[i] for parts in split], spec) for i in range(self.count)]
 
     def _split_output(self, value: Any, losses: bool) -> Any:
+        if isinstance(value, Cache):  # made inside, of PEFT's prefix
+            return [None] * self.count
         if not isinstance(value, Tensor):
             if not isinstance(value, PLAIN):
                 raise NotMembers(f"the model returns a {type(value).__name__}")

@@ -18,6 +18,7 @@ from zo_finetuner.masks import attention_mask, positions_as_given
 from zo_finetuner.phases import phase
 from zo_finetuner.rows import forward_accepts, head_rows, label_places
 from zo_finetuner.slices import head_slices
+from zo_finetuner.virtual_tokens import virtual_tokens
 
 Batch = Mapping[str, Tensor]
 
@@ -81,12 +82,12 @@ def option_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def label_logits(model: nn.Module, batch: Batch) -> Tensor:
     """(M, vocabulary) logits at the batch's M labels, in the model's dtype; M is `chosen`'s length."""
-    accepts = forward_accepts(model)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": attention_mask(model, batch)}
+    accepts, virtual = forward_accepts(model), virtual_tokens(model)
+    inputs = {"attention_mask": attention_mask(model, batch, virtual)}
     if "position_ids" in accepts:
-        inputs["position_ids"] = batch["position_ids"]
-    if "use_cache" in accepts:
-        inputs["use_cache"] = False
-    with label_places(model, batch["places"]) as at_places, positions_as_given():
-        logits = at_places(model(**inputs).logits)
+        inputs["position_ids"] = virtual.queries(batch["position_ids"])
+    uncached = {"use_cache": False} if "use_cache" in accepts else {}
+    places = batch["places"] + virtual.ahead
+    with label_places(model, places) as at_places, positions_as_given(), virtual.inside(model, inputs) as given:
+        logits = at_places(model(input_ids=batch["input_ids"], **given, **uncached).logits)
     return logits.flatten(0, 1).index_select(0, batch["chosen"])

@@ -7,18 +7,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.adapters import adapter_kind, default_rates
 from zo_finetuner.engine import Engine, LossFn, LossOf
 from zo_finetuner.errors import require_positive
 from zo_finetuner.graphs import Capturer, GraphedSteps
+from zo_finetuner.guards import Limits
 from zo_finetuner.optim.base import Method
-from zo_finetuner.optim.create import PRESETS, Preset, make_method
+from zo_finetuner.optim.create import make_method
 from zo_finetuner.optim.mezo import MeZO
 from zo_finetuner.params import trainable_blocks
+from zo_finetuner.ranks import Ranks, joined, leads
+from zo_finetuner.recorder import Recorder
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -26,7 +31,10 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     method: an ask/tell method; default `MeZO()`.  lr: positive and finite; change it through `param_groups` or an LR
     scheduler.  graphs: whether steps of `evaluate_on` are repeated as CUDA graphs (`graphs.py`), or what captures them
-    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  Other arguments: see `Engine`.
+    (`graphs.Capturer`); InputError for a model that is not on a CUDA device.  journal: a file to write every step down
+    in, from which `replay` rebuilds the weights (`close()` sees it on the disk).  ranks: where torch.distributed runs,
+    by default all its processes, each with its own rows; the first one keeps the journal.  Other arguments: see
+    `Engine`.
     """
 
     def __init__(
@@ -39,10 +47,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         probing: str = "auto",
         weight_decay: float = 0.0,
+        limits: Limits | None = None,
         graphs: bool | Capturer = False,
+        journal: str | os.PathLike | Recorder | None = None,
+        ranks: Ranks | None = None,
     ):
         require_positive("lr", lr, "; MeZO uses 1e-7 to 1e-6 for full fine-tuning")
         blocks = trainable_blocks(model)
+        ranks = Ranks() if ranks is None and joined() else ranks
+        journal = journal if leads() else None
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr})
         self.engine = Engine(
             model,
@@ -51,7 +64,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             seed=seed,
             probing=probing,
             weight_decay=weight_decay,
+            limits=limits,
             blocks=blocks,
+            journal=Recorder(journal) if isinstance(journal, str | os.PathLike) else journal,
+            ranks=ranks,
         )
         self.graphs = GraphedSteps(self.engine, None if graphs is True else graphs) if graphs else None
         self._stepped = False
@@ -81,6 +97,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._stepped = True
         return loss
 
+    def close(self) -> None:
+        """The journal's last steps on the disk; without a journal, nothing."""
+        if self.engine.journal is not None:
+            self.engine.journal.close()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """There are no gradients."""
 
@@ -102,16 +123,21 @@ def create_zo_optimizer(
     seed: int = 0,
     probing: str = "auto",
     weight_decay: float = 0.0,
+    limits: Limits | None = None,
     graphs: bool | Capturer = False,
+    journal: str | os.PathLike | Recorder | None = None,
+    ranks: Ranks | None = None,
     **arguments: Any,
 ) -> ZOOptimizer:
-    """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own.
+    """A `ZOOptimizer` by the method's name, or with a method made before.  lr, eps: None for the method's own, or for
+    those of the adapter that `model` trains (`adapters.RATES`).
 
     arguments: for a name, what `optim.make_method` takes (pertnn, batch_size, settings={"beta": 0.9}, ...)."""
     named = not isinstance(optimizer, Method)
     method = make_method(optimizer, model, seed=seed, **arguments) if named else optimizer
-    preset = PRESETS[optimizer] if named else Preset(type(method))
-    lr, eps = preset.lr if lr is None else lr, preset.eps if eps is None else eps
+    usual = default_rates(optimizer if named else "mezo", adapter_kind(model))
+    lr, eps = (own if given is None else given for given, own in zip((lr, eps), usual, strict=True))
     return ZOOptimizer(
-        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, graphs=graphs
-    )
+        model, method, lr=lr, eps=eps, seed=seed, probing=probing, weight_decay=weight_decay, limits=limits,
+        graphs=graphs, journal=journal, ranks=ranks,
+    )  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.quantised import form, quantised_tensor
 from zo_kernels import Blocks
 
 
@@ -13,21 +13,25 @@ def trainable_blocks(model: nn.Module) -> Blocks:
     """One block per parameter with `requires_grad`, in `named_parameters()` order; a tied tensor appears once, under
     its first name.  Frozen parameters are left out and change nobody's noise.
 
-    Raises InputError: an integer (quantised) base without an adapter, nothing to train, overlapping tensors."""
-    for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point() and not hasattr(model, "peft_config"):
-            raise InputError(
-                f"{name} is {_short(tensor.dtype)}: zeroth-order steps move floating weights; load the model in "
-                f"bfloat16, or train a LoRA adapter on it (peft.get_peft_model)"
-            )
+    Raises InputError: a quantised base of which nobody chose what to train, nothing to train, an adapter that covers
+    no floating tensor, overlapping tensors."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    quantised, adapted = quantised_tensor(model), hasattr(model, "peft_config")
+    if quantised and not adapted and all(p.requires_grad or form(p) for p in model.parameters()):
+        raise InputError(
+            f"{quantised[0]} is {quantised[1]}: zeroth-order steps move floating weights; load the model in bfloat16, "
+            f"or train an adapter on it (--adapter lora, peft.get_peft_model)"
+        )
+    if not named and adapted:
+        raise InputError("the adapter covers no floating tensor: every requires_grad is False (load a saved one with "
+                         "PeftModel.from_pretrained(..., is_trainable=True))")
     if not named:
         raise InputError("the model has no trainable parameter: every requires_grad is False")
+    for name, p in named:
+        if form(p):
+            raise InputError(f"{name} is to be trained, but it is {form(p)}: freeze it, or load it as floats")
     try:
         return Blocks((name, p.detach()) for name, p in named)
     except ValueError as error:
         raise InputError(str(error)) from None
 
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -38,7 +38,7 @@ class Pending:
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
         self.rounding = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
         self._parameters = parameters
-        self.reading = False
+        self.reading, self.merges = False, 0
         self._coordinates: dict[Subspace, Tensor] = {}
         self._lasting: dict[Subspace, Tensor] = {}  # where those of a lasting one are collected
         self._models = list(dict.fromkeys((model, unwrap(model))))
@@ -99,6 +99,7 @@ class Pending:
 
     @torch.no_grad()
     def merge(self, decay: Tensor | None = None) -> None:
+        self.merges += bool(self._coordinates)
         for number, (matrix, left, right) in enumerate(self.factors(torch.float32)):
             theta = self._parameters[matrix.block].data
             add_product(theta, left, right, matrix.tensor_id, self.rounding, decay=decay)

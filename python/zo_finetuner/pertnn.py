@@ -8,6 +8,7 @@ Nothing here reads a value on the host: a step can be queued, or captured into a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,7 @@ class PertNN(nn.Module):
         self.names = tuple(names)
         self.source = source
         if len(set(self.names)) != len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
+            twice = Counter(self.names).most_common(1)[0][0]
             raise InputError(f"{source}: two networks are named {twice}; a block has one")
         n, hidden = len(self.names), w1.shape[1] if w1.ndim == 3 else -1
         for label, tensor, shape in (("w1", w1, (n, hidden, len(INPUTS))), ("b1", b1, (n, hidden)),

@@ -20,11 +20,14 @@ from zo_finetuner.cards import Card
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import write_bytes
 from zo_finetuner.pertnn import INPUTS, PertNN
+from zo_finetuner.reading import open_file, shown
 from zo_finetuner.restricted_pickle import MAX_FILE, Module, describe, read_torch_file
 from zo_finetuner.scale_net import FEATURES, STATIC, ScaleNet
+from zo_finetuner.tensor_files import read_header
 
 METADATA_KEY = "zo_finetuner.pertnn"
 
+SMALLEST_LOG = -87.0  # exp of less is 0 or subnormal in fp32
 _MAX_BYTES = 2 * MAX_FILE  # of a safetensors file: the largest fp16 .pth, converted
 
 
@@ -36,13 +39,8 @@ def load_pertnn(path: str | os.PathLike) -> tuple[PertNN | ScaleNet, Card]:
     another architecture, or not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(9)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with open_file(path) as stream:
+        head = stream.read(9)
     if head.startswith(b"PK"):
         nets, card = _load_published(path)
     elif head[8:] == b"{":
@@ -51,6 +49,8 @@ def load_pertnn(path: str | os.PathLike) -> tuple[PertNN | ScaleNet, Card]:
         raise InputError(f"{path}: neither a safetensors file nor a torch.save zip (a .pth since torch 1.6); "
                          "fetch the file again")
     _require_sound(nets, path)
+    if isinstance(nets, ScaleNet) and card.sigma:
+        _require_same_scales(nets, card, path)
     return nets, card
 
 
@@ -93,21 +93,18 @@ def _layout(card: Card) -> dict[str, list[int]]:
 
 
 def _load_safetensors(path: Path) -> tuple[PertNN | ScaleNet, Card]:
-    if (size := path.stat().st_size) > _MAX_BYTES:
-        raise InputError(f"{path}: {size} bytes; a learned optimizer has at most {_MAX_BYTES}")
+    header = read_header(path, _MAX_BYTES)
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        raise InputError(f'{path}: no card (metadata "{METADATA_KEY}"): not a learned optimizer')
+    card = Card.from_json(text, path)
+    card.require_runnable(path)
+    layout = _layout(card)
+    found = {label: (tensor.dtype, list(tensor.shape)) for label, tensor in header.tensors.items()}
+    if found != {label: ("F32", shape) for label, shape in layout.items()}:
+        raise InputError(f"{path}: holds {shown(found, 300)}, its card asks for F32 {layout}; export the file again")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            if text is None:
-                raise InputError(f'{path}: no card (metadata "{METADATA_KEY}"): not a learned optimizer')
-            card = Card.from_json(text, path)
-            card.require_runnable(path)
-            layout = _layout(card)
-            slices = {label: file.get_slice(label) for label in file.keys()}  # noqa: SIM118 (it is no dict)
-            found = {label: (part.get_dtype(), part.get_shape()) for label, part in slices.items()}
-            if found != {label: ("F32", shape) for label, shape in layout.items()}:
-                raise InputError(f"{path}: holds {str(found)[:300]}, its card asks for F32 {layout}; "
-                                 "export the file again")
             # Copies: what safetensors returns is mapped from the file, and changes with it.
             tensors = {label: file.get_tensor(label).clone() for label in layout}
     except (SafetensorError, OSError) as error:
@@ -131,7 +128,7 @@ def _load_published(path: Path) -> tuple[PertNN, Card]:
         raise InputError(f"{path}: {len(networks)} networks of {hidden} hidden units are too many")
     columns = zip(*networks, strict=True)
     w1, b1, w2, b2 = (torch.stack([tensor.float() for tensor in column]) for column in columns)
-    card = Card(source=f"published file {path.name} ({folder[:200]!a})", noise_contract=0, hidden=hidden,
+    card = Card(source=f"published file {shown(path.name, 255)} ({folder[:200]!a})", noise_contract=0, hidden=hidden,
                 names=tuple(content))
     return PertNN(card.names, w1, b1, w2.squeeze(1), b2.squeeze(1), source=str(path)), card
 
@@ -198,3 +195,22 @@ def _require_sound_scales(nets: ScaleNet, path: Path) -> None:
             raise InputError(f"{path}: NaN or infinite numbers in {label}; learn it again")
     if not ((nets.kept == 0) | (nets.kept == 1)).all() or not nets.kept.any():
         raise InputError(f'{path}: "kept" is not 0 or 1 for every block, with one 1 at least; learn it again')
+
+
+def _require_same_scales(nets: ScaleNet, card: Card, path: Path) -> None:
+    """InputError where the scales that the card shows cannot be those of the tensors, whatever the base model: they are
+    nu kept_b exp(log_base_b + w) with |w| <= sum |w2|, and one nu for all."""
+    kept, sigma = nets.kept != 0, torch.tensor(card.sigma, dtype=torch.float64)
+    vanished = nets.log_base.detach() < SMALLEST_LOG  # exp(log_base) may be 0 in fp32
+    wrong = ((sigma > 0) & ~kept) | ((sigma == 0) & kept & ~vanished)
+    if wrong.any():
+        name, what = nets.names[int(wrong.int().argmax())], "kept" if kept[wrong][0] else "skipped"
+        raise InputError(f'{path}: the card says that the scale of {name} is {sigma[wrong][0]:g}, the tensors that the '
+                         f"block is {what}; learn it again")
+    free = (sigma > 0) & kept
+    log_nu = sigma[free].log() - nets.log_base.detach().double()[free]
+    reach = 2 * float(nets.w2.detach().double().abs().sum()) + 1e-3  # the card has six digits
+    if len(log_nu) and float(log_nu.max() - log_nu.min()) > reach:
+        raise InputError(f'{path}: "sigma" in the card does not follow from the tensors: by the ratios of '
+                         f"{nets.names[int(free.nonzero()[log_nu.argmax()])]} and "
+                         f"{nets.names[int(free.nonzero()[log_nu.argmin()])]}; learn it again")

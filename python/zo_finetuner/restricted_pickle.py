@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.reading import open_file
 
 # Limits, beside what the largest published file (772 networks of OPT-30B) has.
 MAX_FILE = 16 << 20  # bytes; 2.8 MB
@@ -77,12 +78,8 @@ def read_torch_file(path: Path) -> tuple[object, str]:
     CPU tensors (fp32 or fp16) that share the storages of the file.
     Raises: InputError naming the file, for anything else, for damage, and for sizes past the limits above.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if (size := path.stat().st_size) > MAX_FILE:
-        raise InputError(f"{path}: {size} bytes; a learned optimizer has at most {MAX_FILE}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path, MAX_FILE) as stream, zipfile.ZipFile(stream) as archive:
             return _read_archive(path, archive)
     except InputError:
         raise

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.quantised import form
+
 
 @contextlib.contextmanager
 def head_rows(model: nn.Module, token_ids: Tensor) -> Iterator[bool]:
@@ -50,6 +52,8 @@ def why_whole(head: nn.Module | None) -> str:
         return "it does not tell its head"
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
+    if form(head.weight):
+        return f"its head is quantised ({form(head.weight)})"
     return "accelerate moves the weights of its head" if hasattr(head, "_hf_hook") else ""
 
 

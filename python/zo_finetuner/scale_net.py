@@ -10,6 +10,7 @@ A closed-form scale is the same thing with the network left at zero.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ class ScaleNet(nn.Module):
         self.names, self.source = tuple(names), source
         n, hidden = len(self.names), b1.shape[0]
         if len(set(self.names)) != n:
-            twice = next(name for name in self.names if self.names.count(name) > 1)
+            twice = Counter(self.names).most_common(1)[0][0]
             raise InputError(f"{source}: two scales are named {twice}; a block has one")
         shapes = {"x": (n, len(STATIC)), "log_base": (n,), "kept": (n,), "w1": (hidden, len(FEATURES)),
                   "b1": (hidden,), "w2": (hidden,)}

@@ -81,6 +81,9 @@ class ScratchProbing:
             for handle in handles:
                 handle.remove()
 
+    def pass_by(self, probe: Probe) -> None:
+        """What a probe does to the weights, without an evaluation: nothing."""
+
     def _coverage(self) -> CoverageCheck:
         return CoverageCheck(self.model, self.blocks)
 

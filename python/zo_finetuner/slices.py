@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from zo_finetuner.autocast import casts_not_kept
 from zo_finetuner.masks import positions_as_given
 from zo_finetuner.routes import Forward, rerouted, rerouted_inside
-from zo_finetuner.rows import forward_accepts, only_rows, output_head, unwrap, why_whole
+from zo_finetuner.rows import forward_accepts, label_places, only_rows, output_head, unwrap, why_whole
+from zo_finetuner.virtual_tokens import virtual_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,11 @@ def _tried(model: nn.Module, head: nn.Linear, shape: torch.Size, rows: int) -> S
     if "use_cache" in forward_accepts(model):
         inputs["use_cache"] = False
     targets = torch.tensor([[i * (shape[0] - 1) // max(count - 1, 1) for i in range(count)]], device=device)
+    places = torch.arange(count, device=device)[None] + virtual_tokens(model).ahead
     bare = unwrap(model)
-    with positions_as_given():
+    with positions_as_given(), label_places(model, places) as at_places:
         with _direct_calls(bare) as calls:
-            logits = model(**inputs).logits
+            logits = at_places(model(**inputs).logits)
         if calls.count(head) != 1 or len(set(calls)) != len(calls):
             return Slicing(head, shape, fault="its forward does not call its head, and what is before it, once each")
         plan = Slicing(head, shape, rows, tuple(calls[: calls.index(head)]))

@@ -22,17 +22,18 @@ from zo_kernels import Blocks
 
 def directional_derivative(
     model: nn.Module, blocks: Blocks, direction: Direction, loss_fn: Callable[[], Any]
-) -> Tensor:
-    """(2,) fp32: the loss at theta and its derivative along the direction.  RuntimeError where an operator has no
-    forward mode, or the loss is a number or does not come from the weights.  Fused attention has none: the plain form
-    runs instead."""
+) -> tuple[Tensor, Tensor]:
+    """The loss at theta and its derivative along the direction, as windows (`window.py`).  RuntimeError where an
+    operator has no forward mode, or the loss is a number or does not come from the weights.  Fused attention has none:
+    the plain form runs instead."""
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _dual(model, blocks, direction):
         loss = loss_fn()
         parts = forward_ad.unpack_dual(loss) if isinstance(loss, Tensor) else None
         if parts is None or parts.tangent is None:
             raise RuntimeError("the loss has no derivative along the weights: return it as a tensor, not detached, "
                                "computed outside of torch.inference_mode")
-        return torch.stack((parts.primal.float(), parts.tangent.float()))
+        value, slope = parts.primal.float(), parts.tangent.float()
+        return value, slope if value.dim() == 0 else torch.stack((slope[0], value[1]))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from zo_finetuner.routes import Forward, rerouted
 from zo_finetuner.rows import forward_accepts, unwrap
 from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.stack import Frame
+from zo_finetuner.virtual_tokens import prompt_of_every_row
 from zo_kernels import Blocks
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class TogetherProbing(ScratchProbing):
     def _run(self, forward: Forward, members: Members) -> list[Any]:
         self.members = members
         try:
-            with loss_per_member(unwrap(self.model), members) as losses:
+            with loss_per_member(unwrap(self.model), members) as losses, prompt_of_every_row(self.model):
                 output = forward(*members.args, **members.kwargs)
         finally:
             self.members = None

@@ -1,147 +1,168 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last of all result.json.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
+of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import shutil
 import time
-from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from zo_finetuner.agreement import agreed, data_facts, digest, exchange, model_facts, require_same
 from zo_finetuner.config import RunConfig
 from zo_finetuner.curves import draw_curves
-from zo_finetuner.data import load_splits
-from zo_finetuner.encoding import Encoded, collate, context_length, encode_rows, pad_token
+from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
-from zo_finetuner.evaluation import evaluate_split
-from zo_finetuner.files import make_folder, write_json, write_text
-from zo_finetuner.hf import ZOTrainerMixin
-from zo_finetuner.isolation import can_pack
+from zo_finetuner.files import whole_folder, write_json, write_text
+from zo_finetuner.hf import ZOTrainerMixin, schedule_of
+from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
-from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.probing import require_goes
-from zo_finetuner.tasks import Task, get_task
-from zo_finetuner.tasks.templates import Row
+from zo_finetuner.progress import LogFile, Progress
+from zo_finetuner.ranks import Ranks, divided, joined, leads
+from zo_finetuner.recorder import Recorder
+from zo_finetuner.run_folder import JOURNAL, RunFolder
+from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 
 class TaskTrainer(ZOTrainerMixin, Trainer):
-    """Evaluates a task's dev rows: eval_loss is the training objective, eval_<metric> accuracy or F1."""
+    """Evaluates dev rows as the workload does: eval_loss is what is minimised, eval_<metric> its metric."""
 
-    def __init__(self, *args: Any, task: Task, tokenizer: Any, **kwargs: Any):
+    def __init__(self, *args: Any, work: Workload, tokenizer: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._task, self._tokenizer = task, tokenizer
+        self._work, self._tokenizer = work, tokenizer
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
         examples = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
-        values = evaluate_split(self.model, self._task, examples, self._tokenizer, size)
+        values = self._work.evaluate(self.model, examples, self._tokenizer, size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if name != "n"}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
+@agreed()
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written."""
+    """Run the whole job; returns what result.json holds.  Raises InputError before anything is written.
+
+    Several processes run it together, the first of them writes."""
     config.check()
-    out = Path(config.output_dir)
-    checkpoint = _check_output(out, config)
-    task = get_task(config.task)
-    rows = load_splits(
-        task, config.data, seed=config.data_seed, num_train=config.num_train, num_dev=config.num_dev,
-        num_eval=config.num_eval,
-    )
+    data_ranks = Ranks(config.probe_ranks).data if joined() else 1
+    shape = divided(config.batch_size, config.grad_accum, data_ranks)
+    folder = RunFolder(Path(config.output_dir), config.resume, config.overwrite) if leads() else nullcontext()
+    with folder as held:
+        return _train(config, shape, held)
+
+
+def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) -> dict[str, Any]:
+    """shape: rows in a micro-batch and micro-batches in a window, of this process; folder: None unless it leads."""
+    out, checkpoint = Path(config.output_dir), None
+    if folder is not None:
+        folder.require_same(dataclasses.asdict(config))
+        checkpoint = folder.last_checkpoint()
+    checkpoint = exchange(checkpoint)[0]
+    work = make_workload(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
-        config.model, config.dtype, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-        random_weights=config.random_weights,
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
     )
-    graphs = use_graphs(config.graphs, model)
-    limit = min(config.max_length, context_length(model))
-    splits = {name: encode_rows(task, getattr(rows, name), tokenizer, limit) for name in ("train", "dev", "test")}
+    graphs = use_graphs(config.graphs, model) and not joined()
+    limit = context_length(model, config.max_length)
+    splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
         config.optimizer, model, batch_size=config.batch_size * config.grad_accum, seed=config.seed,
         pertnn=config.pertnn, settings=config.set, transfer=config.transfer,
     )
     require_goes(config.probing, method)
+    work.rehearse(model, splits["train"][: config.batch_size], tokenizer)
 
-    if config.overwrite and out.exists() and checkpoint is None:
-        _remove_run(out)
-    make_folder(out)
-    write_text(out / "config.yaml", config.to_yaml())
-    print(config.to_yaml(), end="", flush=True)
+    settings = {"settings of the run": digest(dataclasses.asdict(config))}
+    require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
+    if folder is not None:
+        folder.open()
+        if checkpoint is None:
+            (out / JOURNAL).unlink(missing_ok=True)
+        write_text(out / "config.yaml", config.to_yaml())
+        print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
-    measure = partial(evaluate_split, model, task, splits["test"], tokenizer, size, progress=True)
-    before = _saved_before(out) if checkpoint else None
+    measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
+    before = exchange(_saved_before(out) if checkpoint else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
-        write_json(out / "before.json", before)
-    _say("before", before, task)
+        if leads():
+            write_json(out / "before.json", before)
+    _say("before", before, work.metric)
 
-    trainer = _trainer(config, out, model, tokenizer, task, splits, method, graphs)
+    trainer = _trainer(config, shape, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds, training = time.perf_counter() - started, _peak_bytes()
     after = measure()
-    _say("after", after, task)
+    _say("after", after, work.metric)
 
     engine = trainer.zo_optimizer.engine
-    _write_log(out, trainer.state.log_history)
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
         "seconds": seconds,
-        "metric": task.metric,
+        "metric": work.metric,
         "eval_loss_before": before["loss"],
         "eval_loss_after": after["loss"],
-        "eval_metric_before": before[task.metric],
-        "eval_metric_after": after[task.metric],
+        "eval_metric_before": before[work.metric],
+        "eval_metric_after": after[work.metric],
         "eval_rows": after["n"],
-        "prior_loss": prior_loss(task, rows.train, rows.test),
+        "prior_loss": work.prior_loss(),
         "best_step": _best_step(trainer),
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
         "peak_bytes": {"evaluation": before.get("peak_bytes"), "training": training},
         "random_weights": config.random_weights,
         "seed": config.seed,
-        "data": {"origin": rows.origin, "rows": {name: len(examples) for name, examples in splits.items()}},
+        "data": work.facts() | {"rows": {name: len(examples) for name, examples in splits.items()}},
         "config": dataclasses.asdict(config),
     }
+    if engine.ranks is not None:
+        result["ranks"] = engine.ranks.traffic()
+    if not leads():
+        return result
     if config.save_model:
-        trainer.save_model(str(out / "model"))
-        tokenizer.save_pretrained(str(out / "model"))
-    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{config.task}, dev rows")
+        with whole_folder(out / "model") as saved:
+            trainer.save_model(str(saved))
+            tokenizer.save_pretrained(str(saved))
+    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
 
 
 def _trainer(
-    config: RunConfig, out: Path, model: nn.Module, tokenizer: Any, task: Task, splits: dict[str, list[Encoded]],
-    method: Method, graphs: bool,
+    config: RunConfig, shape: tuple[int, int], out: Path, model: nn.Module, tokenizer: Any, work: Workload,
+    splits: dict[str, list[Encoded]], method: Method, graphs: bool,
 ) -> TaskTrainer:
     every = config.eval_steps or max(1, config.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=shape[0],
         per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.grad_accum,
+        gradient_accumulation_steps=shape[1],
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
@@ -161,19 +182,28 @@ def _trainer(
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
+        disable_tqdm=True,  # `Progress` has the bar
         use_cpu=model.device.type == "cpu",
     )
-    return TaskTrainer(
+    trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["dev"],
-        data_collator=partial(collate, pad_id=pad_token(tokenizer), packed=can_pack(model), few_shapes=graphs),
-        task=task,
+        data_collator=work.collator(model, tokenizer, few_shapes=bool(graphs)),
+        work=work,
         tokenizer=tokenizer,
-        zo={"optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs},
-        objective=training_loss,
+        zo={
+            "optimizer": method, "eps": config.eps, "probing": config.probing, "graphs": graphs,
+            "limits": config.limits(), "probe_ranks": config.probe_ranks,
+            "journal": Recorder(out / JOURNAL, {**schedule_of(arguments), "config": dataclasses.asdict(config)})
+            if config.journal and leads() else None,
+        },  # fmt: skip
+        objective=work.objective(tokenizer),
+        callbacks=[LogFile(out / "log.jsonl"), Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -183,38 +213,6 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     if choice == "always" and not can:
         raise InputError(f"graphs always: the model is on {', '.join(sorted(devices))}; CUDA graphs need one GPU")
     return can and choice != "never"
-
-
-def prior_loss(task: Task, train: list[Row], held_out: list[Row]) -> float | None:
-    """Loss of always answering the training prior: -mean log p(label), p from the training rows.  None where
-    candidates differ from row to row."""
-    if task.kind != "classification":
-        return None
-    counts = Counter(map(task.label, train))
-    classes = range(len(task.candidates(train[0])))
-    smoothed = {label: (counts[label] + 1e-9) / (len(train) + 1e-9 * len(classes)) for label in classes}
-    return -sum(math.log(smoothed[task.label(row)]) for row in held_out) / len(held_out)
-
-
-def _check_output(out: Path, config: RunConfig) -> str | None:
-    """The checkpoint to resume from, if any.  Raises InputError rather than touch an earlier run."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output_dir {out}: is a file")
-    held = out.is_dir() and any((out / name).exists() for name in ("config.yaml", "result.json"))
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if config.resume:
-        return checkpoint
-    if (held or checkpoint) and not config.overwrite:
-        raise InputError(f"output_dir {out}: holds a run; choose another, or give --resume or --overwrite")
-    return None
-
-
-def _remove_run(out: Path) -> None:
-    """Take away an earlier run's own files, and nothing else that lies in the folder."""
-    for path in [*out.glob("checkpoint-*"), out / "model"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _saved_before(out: Path) -> dict[str, float] | None:
@@ -238,10 +236,7 @@ def _best_step(trainer: Trainer) -> int | None:
     return int(path.rsplit("-", 1)[1]) if path else None
 
 
-def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-
-
-def _say(when: str, values: dict[str, float], task: Task) -> None:
-    print(f"{when}: loss {values['loss']:.4f}, {task.metric} {values[task.metric]:.3f} on {values['n']} test rows",
-          flush=True)
+def _say(when: str, values: dict[str, float], metric: str) -> None:
+    if leads():
+        said = f"{when}: loss {values['loss']:.4f}, {metric} {values[metric]:.3f} on {values['n']} test rows"
+        print(said, flush=True)

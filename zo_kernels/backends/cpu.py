@@ -6,7 +6,9 @@ fp32 polynomials (csrc/normal.h).  `torch.get_num_threads()` threads share the w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch  # before _C, so that both use one OpenMP runtime
 from torch import Tensor
@@ -15,6 +17,7 @@ from zo_kernels import _C
 from zo_kernels.blocks import DTYPES, Blocks, BlockStats
 from zo_kernels.forms import KINDS, Form
 from zo_kernels.noise import DIRECTION, DISTRIBUTIONS
+from zo_kernels.passes import one_by_one
 from zo_kernels.rules import RULES
 
 _DTYPE = {dtype: index for index, dtype in enumerate(DTYPES)}
@@ -157,6 +160,29 @@ def axpy_(
     table, contiguous = _table(blocks)
     update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, decay, rounding_seed, form)
     _C.axpy_(table, update, _DIST[dist], _stats(stats), torch.get_num_threads())
+    _write_back(blocks, contiguous)
+
+
+def replay_(
+    blocks: Blocks,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    passes: Sequence[int],
+    decays: Tensor | None,
+    rounding_seeds: Tensor | None,
+    stochastic: Sequence[bool],
+    dist: str,
+) -> None:
+    if not hasattr(_C, "replay_"):
+        warnings.warn("zo_kernels._C is older than this source, steps are replayed one by one: `pip install -e .` "
+                      "builds it again", stacklevel=1)  # fmt: skip
+        one_by_one(axpy_, blocks, seeds, coefs, scale, passes, decays, rounding_seeds, stochastic, dist)
+        return
+    table, contiguous = _table(blocks)
+    update = _update(seeds, coefs, scale, scale is not None and scale.dim() == 2, None, None)
+    sequence = _C.Sequence(list(accumulate(passes)), _pointer(decays), _pointer(rounding_seeds), list(stochastic))
+    _C.replay_(table, update, sequence, _DIST[dist], torch.get_num_threads())
     _write_back(blocks, contiguous)
 
 

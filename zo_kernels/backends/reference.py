@@ -14,6 +14,7 @@ from torch import Tensor
 from zo_kernels import noise as contract
 from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.forms import Form
+from zo_kernels.passes import one_by_one
 from zo_kernels.rounding import fma, round_stochastic, sqrt
 
 CHUNK = 1 << 20  # elements at a time: the int64 words of a chunk take 64 MB
@@ -118,6 +119,20 @@ def axpy_(
             theta.copy_(_rounded(acc, elements, tensor_id, rounding_seed, theta.dtype))
         if stats is not None:
             _fill(stats, b, blocks.tensors[b])
+
+
+def replay_(
+    blocks: Blocks,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    passes: Sequence[int],
+    decays: Tensor | None,
+    rounding_seeds: Tensor | None,
+    stochastic: Sequence[bool],
+    dist: str,
+) -> None:
+    one_by_one(axpy_, blocks, seeds, coefs, scale, passes, decays, rounding_seeds, stochastic, dist)
 
 
 def update_state_(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton.language as tl
@@ -24,6 +25,7 @@ from zo_kernels.rules import RULES
 from zo_kernels.triton_kernels.axpy import axpy_kernel
 from zo_kernels.triton_kernels.dot import read_kernel, sum_kernel
 from zo_kernels.triton_kernels.noise import HARDWARE, noise_kernel, words_kernel
+from zo_kernels.triton_kernels.replay import replay_kernel
 from zo_kernels.triton_kernels.scratch import scratch_kernel
 from zo_kernels.triton_kernels.states import VISITS, state_kernel
 from zo_kernels.triton_kernels.statistics import statistics_kernel
@@ -306,6 +308,41 @@ def _read(blocks: Blocks, seeds: Tensor | None, out: Tensor | None, dist: str, s
         if dots is not None:
             sum_kernel[(len(blocks), count)](dots, tables.chunks, tables.blocks, out, LANES=LANES, **LAUNCH)
         _finish(stats, partial, tables.blocks)
+
+
+def replay_(
+    blocks: Blocks,
+    seeds: Tensor,
+    coefs: Tensor,
+    scale: Tensor | None,
+    passes: Sequence[int],
+    decays: Tensor | None,
+    rounding_seeds: Tensor | None,
+    stochastic: Sequence[bool],
+    dist: str,
+) -> None:
+    if not len(blocks):
+        return
+    tables, device = _tables(blocks), blocks.device
+    ends = torch.tensor(list(accumulate(passes)), dtype=torch.int64).to(device)
+    at_random = torch.tensor(stochastic, dtype=torch.int32).to(device)
+    with _on(device):
+        for group in tables.groups:
+            replay_kernel[(len(group.chunks),)](
+                tables.blocks,
+                group.chunks,
+                group.layouts,
+                scale,
+                _stride(scale, 1),
+                seeds,
+                coefs,
+                ends,
+                len(ends),
+                decays,
+                None if group.dtypes == (tl.float32,) else rounding_seeds,
+                at_random,
+                **_options(group, dist),
+            )
 
 
 def update_state_(

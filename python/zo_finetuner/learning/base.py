@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.learning.streaming import Weights
+from zo_finetuner.tensor_files import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ def _files_of(weights: Weights, folder: Path) -> dict[Path, list[str]]:
     """File -> names of the blocks in it; empty unless the files hold every block with exactly these values."""
     blocks, held = weights.blocks, defaultdict(list)
     for file in sorted(folder.glob("*.safetensors")):
+        stored_names = read_header(file).tensors.keys()
         with safe_open(file, "pt") as content:
-            for name in set(content.keys()) & set(blocks.names):  # noqa: SIM118 (it is no dict)
+            for name in stored_names & set(blocks.names):
                 stored, tensor = content.get_tensor(name), blocks.tensors[blocks.index[name]]
                 if stored.shape == tensor.shape and torch.equal(stored.to(tensor.device, tensor.dtype), tensor):
                     held[file].append(name)

@@ -3,18 +3,18 @@ networks, their optimizer and a few numbers are everything that a bit-equal resu
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zo_finetuner.errors import InputError
-from zo_finetuner.files import write_bytes
+from zo_finetuner.learning.learner import Learner
+from zo_finetuner.reading import shown
+from zo_finetuner.state_files import read_state, write_state
 
-STATE, RESULT, LEARNED, LOG, PICTURE = "state.pt", "result.json", "learned.safetensors", "log.jsonl", "scales.png"
+STATE, LEARNED = "state.safetensors", "learned.safetensors"
+RESULT, LOG, PICTURE = "result.json", "log.jsonl", "scales.png"
+AGAIN = "start again with --overwrite"
 
 
 def saved_state(out: Path, outcome: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -30,25 +30,32 @@ def saved_state(out: Path, outcome: dict[str, Any], *, resume: bool, overwrite: 
         return None
     if STATE not in held:
         return None
-    try:
-        state = torch.load(out / STATE, map_location="cpu", weights_only=True)
-        theirs = state["settings"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{out / STATE}: cannot be read ({reason}); start again with --overwrite") from None
+    state = read_state(out / STATE, AGAIN)
+    theirs = state.get("settings") if isinstance(state, dict) else None
+    if not isinstance(theirs, dict):
+        raise InputError(f"{out / STATE}: holds no settings; {AGAIN}")
     mine = json.loads(json.dumps(outcome))
     different = [name for name in mine if theirs.get(name) != mine[name]]
     if different:
         name = different[0]
         raise InputError(
-            f"cannot resume {out}: {name} was {theirs.get(name)!r} and is {mine[name]!r}; give the same settings, or "
-            f"another --output-dir"
+            f"cannot resume {out}: {name} was {shown(theirs.get(name))} and is {mine[name]!r}; give the same settings, "
+            f"or another --output-dir"
         )
     return state
 
 
 def save_state(out: Path, outcome: dict[str, Any], state: dict[str, Any]) -> None:
     """Replace the state on disk at once."""
-    content = io.BytesIO()
-    torch.save({"settings": outcome, **state}, content)
-    write_bytes(out / STATE, content.getvalue())
+    write_state(out / STATE, {"settings": outcome, **state})
+
+
+def restore(learner: Learner, state: dict[str, Any], out: Path) -> None:
+    """Put a state back.  InputError where it does not fit: it was written by another release, or by hand."""
+    try:
+        learner.load_state_dict(state)
+        whole = type(learner.window) is int and len(learner.snapshots) == learner.window + 1
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{out / STATE}: does not fit this model and these settings; {AGAIN}")

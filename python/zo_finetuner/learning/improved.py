@@ -1,9 +1,9 @@
 """The recipe that learns: the published idea with the sampled meta loss replaced by its expectation over directions.
 
-    minimise over phi   sum over a simulated run of   sum G * KL(share of the gain || share of the cost)
+    minimise over phi   sum over a simulated run of   sum G * KL(share of the gain || share of the noise)
 
 with s_b = (nu sigma_b(phi))^2; `profile.py` says what that is and why.  Where phi can say anything, a block's share of
-the cost becomes its share of the run's whole gain.
+the noise becomes its share of the run's whole gain.
 
 Against the published recipe: sigma is 1 at the start, its logarithm is learned from scale-free inputs
 (`scale_net.py`), with Adam in fp32, and averaged over the last steps; the normaliser is in the graph; the gain compares
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.history import History
-from zo_finetuner.learning.profile import Estimate, Layout, Mean, Profile, sample
+from zo_finetuner.learning.profile import Estimate, Layout, Mean, divergence, sample
 from zo_finetuner.learning.streaming import Turn, Visit, Weights
 from zo_finetuner.pertnn import normalizer
 from zo_finetuner.scale_net import ScaleNet
@@ -77,15 +77,16 @@ class ImprovedRecipe:
         s = self.energies(turn.history)
         warm, moving = estimate.count >= WARM, None
         if warm:
-            moving = partial(self._moving, s.detach(), estimate.profile(self.layout), turn.slower, estimate.energy.mean)
+            rate = turn.slower * RATE / (s.detach() * self.layout.pooled(estimate.cost)).sum()
+            moving = partial(self._moving, s.detach(), rate, estimate.energy.mean)
         taken = sample(self.weights, turn.loss_fn, turn.seed, self._check_seeds[turn.task], self.eps, moving)
         estimate.add(taken)
         if warm:
             self.optimizer.zero_grad()
-            profile = estimate.profile(self.layout)
+            gain = estimate.least_gain()
             # Where a run gains little its shares are noise, and matter little.
-            first = self._first_gains.setdefault(turn.task, profile.gain.sum())
-            ((profile.gain.sum() / first) * profile.divergence(s)).backward()
+            first = self._first_gains.setdefault(turn.task, gain.sum())
+            ((gain.sum() / first) * divergence(gain, self.layout.numels, s)).backward()
             self.optimizer.step()
             self._average()
         turn.history.remember(taken.losses)
@@ -97,11 +98,11 @@ class ImprovedRecipe:
         history.sigma = sigma.detach()
         return (normalizer(sigma, self.share) * sigma).square().float()
 
-    def _moving(self, s: Tensor, profile: Profile, slower: float, usual: Tensor, energy: Tensor) -> Visit:
+    def _moving(self, s: Tensor, rate: Tensor, usual: Tensor, energy: Tensor) -> Visit:
         """The mean of `stretch` two-point steps; a batch whose step would be more than twice as long as usual is
         clipped, by the norm of the first pass's gradient."""
         clip = (2 * ((s.square() * usual).sum() / (s.square() * energy).sum()).sqrt()).clamp(max=1)
-        steps = clip * (slower * self.stretch * RATE / profile.total_cost(s)) * s
+        steps = clip * self.stretch * rate * s
 
         def move(blocks: list[int], gradients: list[Tensor]) -> None:
             for block, gradient in zip(blocks, gradients, strict=True):

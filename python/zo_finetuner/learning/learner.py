@@ -222,11 +222,11 @@ class Learner:
 
     def pooled_costs(self) -> list[Tensor]:
         """Of every learning set, (blocks,) fp32 each."""
-        return [self.layout.pooled(cost, energy) for cost, energy in zip(self.costs, self.energies, strict=True)]
+        return [self.layout.pooled(cost) for cost in self.costs]
 
     def score(self, nets: PertNN | ScaleNet) -> float:
         """The held-out divergence of these networks."""
-        return score(self.points, self.pooled_costs(), nets, self.share)
+        return score(self.points, self.layout.numels, nets, self.share)
 
     def state_dict(self) -> dict[str, Any]:
         return {

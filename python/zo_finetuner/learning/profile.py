@@ -12,13 +12,15 @@ All three come from two backward passes at theta +- eps z on one batch, and only
 <gradient_b(+) - gradient_b(-), z_b> / 2 eps (Hutchinson, random signs), E_b rides on the same read, and G_b is the
 product of two batches' dots with the same noise.
 
-The measure of scales is the divergence of where they spend from where there is something to gain,
+The measure of scales is the divergence of where they put their noise from where there is something to gain,
 
-    KL(w || u)     w_b = G_b / sum G      u_b = s_b T_b / sum s T          0 where s is proportional to G / T
+    KL(w || u)     w_b = G_b / sum G      u_b = s_b D_b / sum s D          0 where s is proportional to G / D
 
 For one step the largest decrease would be on one block.  Over a run it is not: a block that is favoured is used up.
 Where the loss of each block falls with the logarithm of its own time (learning curves are about as slow as that), the
-decrease under sum s T = const is largest at KL = 0.
+decrease under sum s T = const is largest at s ~ G / T; the number of elements D stands for T there.  Measured traces
+per element are worse on three counts (bench/LOG.md): they scatter more than they differ between blocks, they are
+another loss's where scales are deployed on another loss, and they are large where gains are.  T only sets rates.
 """
 
 from __future__ import annotations
@@ -40,24 +42,14 @@ LEAST_GAIN = 0.02  # of a block's energy: estimates of its gain scatter by a qua
 LEAST_COST = 0.05  # of a block's share of the elements in the whole cost
 
 
-@dataclass(frozen=True)
-class Profile:
-    """gain and cost of every block, (blocks,) fp32, both positive."""
-
-    gain: Tensor
-    cost: Tensor
-
-    def divergence(self, s: Tensor) -> Tensor:
-        """KL(w || u), 0-dim >= 0, differentiable in s (blocks,).  Blocks with s = 0 take no part."""
-        kept = s > 0
-        gain, spent = torch.where(kept, self.gain, 0.0), s * self.cost
-        w = gain / gain.sum()
-        ratio = torch.where(kept, w * spent.sum() / torch.where(kept, spent, 1.0), 1.0)
-        return (w * ratio.log()).sum()
-
-    def total_cost(self, s: Tensor) -> Tensor:
-        """sum s T, 0-dim: its inverse sets the scale of learning rates."""
-        return (s * self.cost).sum()
+def divergence(gain: Tensor, numels: Tensor, s: Tensor) -> Tensor:
+    """KL(w || u) of gains and numbers of elements, 0-dim >= 0, differentiable in s; all (blocks,) fp32.  Blocks with
+    s = 0 take no part."""
+    kept = s > 0
+    gain, noise = torch.where(kept, gain, 0.0), s * numels
+    w = gain / gain.sum()
+    ratio = torch.where(kept, w * noise.sum() / torch.where(kept, noise, 1.0), 1.0)
+    return (w * ratio.log()).sum()
 
 
 @dataclass(frozen=True)
@@ -154,9 +146,6 @@ class Estimate:
             self.gain.add((last.checks * taken.checks).mean(dim=0))
             self._last = None
 
-    def profile(self, layout: Layout) -> Profile:
-        return Profile(self.least_gain(), layout.pooled(self.cost, self.energy.mean))
-
     def least_gain(self) -> Tensor:
         """Gains, (blocks,) fp32 > 0.  Needs two samples with one check seed."""
         return torch.maximum(self.gain.mean, LEAST_GAIN * self.energy.mean).clamp(min=1e-20)
@@ -171,14 +160,10 @@ class Layout:
         present = kinds.unique()
         self._members = (kinds == present[:, None]).float()  # (kinds, blocks)
 
-    def pooled(self, cost: Mean, energy: Tensor) -> Tensor:
-        """Costs, (blocks,) fp32 > 0, from estimates that scatter.
-
-        Costs per element of one kind of block are drawn to their kind's mean, the more the less they differ for what
-        their errors are (empirical Bayes).  Where the whole trace is not known either (SST-2 on a small model: 140 with
-        an error of 216) what is left is noise, and gains would be divided by it: with total^2 / (total^2 + error^2) for
-        a weight, a geometric mean is taken with sqrt(energy * elements), the costs for which the best scales are those
-        of the closed form.  energy: (blocks,), of batches."""
+    def pooled(self, cost: Mean) -> Tensor:
+        """Costs, (blocks,) fp32 > 0, from estimates that scatter: costs per element of one kind of block are drawn to
+        their kind's mean, the more the less they differ for what their errors are (empirical Bayes).  Together they are
+        no less than their error, so that a rate stays finite where the whole trace is not known."""
         value, variance = cost.mean / self.numels, (cost.error / self.numels).square().clamp(min=1e-30)
         weight = self._members / variance
         mean = (weight * value).sum(dim=1) / weight.sum(dim=1)
@@ -188,8 +173,4 @@ class Layout:
         drawn = (value - off * variance / (spread + variance)) * self.numels
         least = LEAST_COST * drawn.clamp(min=0).sum() * self.numels / self.numels.sum()
         drawn = torch.maximum(drawn, least).clamp(min=1e-20)
-        usual = (energy * self.numels).sqrt().clamp(min=1e-20)
-        usual = usual * (drawn.sum() / usual.sum())
-        total, error = cost.mean.sum().clamp(min=0), cost.error.norm()
-        known = (total.square() / (total.square() + error.square()).clamp(min=1e-30)).clamp(max=1)
-        return drawn**known * usual ** (1 - known)
+        return drawn * (cost.error.norm() / drawn.sum()).clamp(min=1)

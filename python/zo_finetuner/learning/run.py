@@ -1,7 +1,7 @@
 """The job of `zo learn`: settings -> learning sets -> learned -> OUT/learned.safetensors with its card.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards
-state.pt (to resume), log.jsonl (every step's loss), scales.png, learned.safetensors and last of all result.json.
+state.safetensors (to resume), log.jsonl (every step's loss), scales.png, learned.safetensors and last result.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zo_finetuner.cards import RECIPES, Card, fingerprint
 from zo_finetuner.encoding import pad_token
 from zo_finetuner.files import make_folder, write_json, write_text
-from zo_finetuner.learning.checkpoint import LEARNED, LOG, PICTURE, RESULT, STATE, save_state, saved_state
+from zo_finetuner.learning.checkpoint import LEARNED, LOG, PICTURE, RESULT, STATE, restore, save_state, saved_state
 from zo_finetuner.learning.closed_form import closed_form_sigma
 from zo_finetuner.learning.improved import RATE
 from zo_finetuner.learning.learner import Learner
@@ -44,7 +44,7 @@ def learn(settings: LearnSettings, progress: bool = True) -> dict[str, Any]:
     base = fingerprint(model)
     learner = Learner(model, pad_token(tokenizer), sets, settings, settings.model)
     if state is not None:
-        learner.load_state_dict(state)
+        restore(learner, state, out)
     make_folder(out)
     if state is None:
         for name in (STATE, RESULT, LEARNED, LOG, PICTURE):

@@ -1,8 +1,8 @@
 """What scales are worth on rows that nothing was learned from: the meta loss that chooses the best networks.
 
 A point of training is measured once, on held-out rows, with unit scales; any policy is then scored there by the
-divergence of its spending from the gain (`profile.py`), without another pass.  The points are the base weights and the
-end of the first window, for every learning set.  The cost is the mean of all that was measured of it anywhere.
+divergence of its noise from the gain (`profile.py`), without another pass.  The points are the base weights and the end
+of the first window, for every learning set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.history import History
-from zo_finetuner.learning.profile import Estimate, Mean, Profile, sample
+from zo_finetuner.learning.profile import Estimate, Mean, divergence, sample
 from zo_finetuner.learning.streaming import LossFn, Weights
 from zo_finetuner.pertnn import PertNN, normalizer
 from zo_finetuner.scale_net import ScaleNet
@@ -75,13 +75,13 @@ def measure(
     return Point(task, weights.stats(), seen, estimate.least_gain())
 
 
-def score(points: list[Point], costs: list[Tensor], nets: PertNN | ScaleNet, share: Tensor) -> float:
+def score(points: list[Point], numels: Tensor, nets: PertNN | ScaleNet, share: Tensor) -> float:
     """Divergence, averaged over the points with the gain there as weight (of each learning set in all 1); lower is
-    better.  costs: (blocks,) of every learning set."""
-    value = 0.0
-    for task, cost in enumerate(costs):
+    better.  numels: (blocks,)."""
+    value, tasks = 0.0, {point.task for point in points}
+    for task in tasks:
         mine = [point for point in points if point.task == task]
         gains = torch.stack([point.gain.sum() for point in mine])
-        each = torch.stack([Profile(point.gain, cost).divergence(point.energies(nets, share)) for point in mine])
-        value += float((gains * each).sum() / gains.sum()) / len(costs)
+        each = torch.stack([divergence(point.gain, numels, point.energies(nets, share)) for point in mine])
+        value += float((gains * each).sum() / gains.sum()) / len(tasks)
     return value

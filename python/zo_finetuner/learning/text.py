@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from zo_finetuner.encoding import Encoded
 from zo_finetuner.errors import InputError
+from zo_finetuner.reading import MOST_LINE, decode, open_file, parse_json
 
 MOST_BYTES = 64 << 20  # of text that is read: 2,000 windows of 256 tokens are 2 MB
+MOST_XZ = 256 << 20  # bytes of memory to unpack with; `xz -9` needs 65 MB
+CHUNK = 1 << 20
 
 
 def text_windows(
@@ -61,33 +63,49 @@ def read_documents(path: Path) -> Iterator[str]:
     left = MOST_BYTES
     for file in files:
         for number, line in enumerate(_lines(file, left), 1):
-            left -= len(line)
-            if line.strip():
-                yield _text(line, f"{file}:{number}") if file.suffix == ".jsonl" else line
+            left -= len(line) + 1
+            place = f"{file}:{number}"
+            text = decode(line, place)
+            if text.strip():
+                yield _text(text, place) if file.suffix == ".jsonl" else text
         if left <= 0:
             return
 
 
-def _lines(file: Path, most: int) -> Iterator[str]:
-    opened = lzma.open if file.suffix == ".xz" else open
+def _lines(file: Path, most: int) -> Iterator[bytes]:
+    """Lines without their ends, until they are `most` bytes.  A line is MOST_LINE bytes at most."""
+    number, held = 0, b""
+    with open_file(file) as stream:
+        for chunk in _unpacked(file, stream) if file.suffix == ".xz" else iter(lambda: stream.read(CHUNK), b""):
+            *lines, held = (held + chunk).split(b"\n")
+            for line in lines:
+                number += 1
+                yield line.rstrip(b"\r")
+                most -= len(line) + 1
+            if most <= 0:
+                return
+            if len(held) > MOST_LINE:
+                raise InputError(f"{file}:{number + 1}: the line has more than {MOST_LINE:,} bytes; put every document "
+                                 "on a line of its own")
+    if held:
+        yield held
+
+
+def _unpacked(file: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """What an .xz file holds, in chunks of 4 MiB at most however small it is packed."""
+    unpack = lzma.LZMADecompressor(memlimit=MOST_XZ)
     try:
-        with opened(file, "rt", encoding="utf-8") as stream:
-            for line in stream:
-                yield line.rstrip("\n")
-                most -= len(line)
-                if most <= 0:
-                    return
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: is not UTF-8 text") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        while not unpack.eof:
+            packed = stream.read(CHUNK) if unpack.needs_input else b""
+            if unpack.needs_input and not packed:
+                raise EOFError("it ends before its end mark")
+            yield unpack.decompress(packed, max_length=4 * CHUNK)
+    except (EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); pack it again with xz") from None
 
 
 def _text(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise InputError(f"{place}: is not JSON; write one object a line") from None
+    row = parse_json(line, place, "write one object a line")
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise InputError(f'{place}: has no "text" field with a text')
+        raise InputError(f'{place}: has no "text" field with a text; write one such object a line')
     return row["text"]

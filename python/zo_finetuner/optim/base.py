@@ -117,7 +117,9 @@ class Method(Part):
     scratch_only: why its probes cannot be made in place, "" where they can.
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     factor_bytes: of its subspace and of what is collected in it, at the most.
-    uniform: every step asks for the same probes (a captured step may stand for all)."""
+    uniform: every step asks for the same probes (a captured step may stand for all).
+    metrics: numbers of the last step for the logs, 0-dim; "sigma": (blocks,), the scale of every block.
+    recipe: what `make_method` made it of (JSON), for a journal; empty for one made by hand."""
 
     name = "method"
     forwards = 0
@@ -129,6 +131,7 @@ class Method(Part):
     factor_bytes = 0
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    recipe: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, context: StepContext) -> list[Probe] | list[Slope]:
         raise NotImplementedError

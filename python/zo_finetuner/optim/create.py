@@ -107,6 +107,11 @@ def make_method(
     elif name == ZOFineTuner.name or pertnn is not None:
         method.scales = learned_scales(model, pertnn, batch_size, seed, normalize, transfer)
     method.prepare(trainable_blocks(model))
+    if pertnn is None or isinstance(pertnn, str | os.PathLike):
+        method.recipe = {
+            "name": name, "batch_size": batch_size, "seed": seed, "transfer": transfer, "normalize": normalize,
+            "pertnn": None if pertnn is None else os.fspath(pertnn), "settings": given,
+        }  # fmt: skip
     return method
 
 

@@ -47,11 +47,15 @@ class Learned(Ones):
         scale = (norm * sigma).float()
         if not self.exact_scales:
             scale = scale.half().float()
-        self._metrics = {"norm_factor": norm, "scale_min": scale.min(), "scale_max": scale.max()}
+        self._metrics = {"norm_factor": norm, "scale_min": scale.min(), "scale_max": scale.max(), "sigma": scale}
         return scale
 
     def remember(self, losses: Tensor) -> None:
         self.history.remember(losses)
+
+    @property
+    def halves(self) -> bool:
+        return not self.exact_scales
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -109,6 +109,11 @@ def _require_match(card: Card, model: nn.Module, path: str | os.PathLike) -> Non
             raise InputError(f"{path}: was learned for {base}, whose tensors have other names or shapes than those of "
                              f"{here or 'this model'}; learn one for this model with `zo learn`, or map "
                              f"its blocks to these with --transfer")
+        names = {name for name, _ in model.named_parameters()}
+        strange = [name for name in card.names if name not in names]
+        if strange:
+            raise InputError(f"{path}: its card has the fingerprint of this model, and scales of {strange[0]}, which "
+                             f"is no tensor of it ({len(strange)} such names); learn it again")
         if card.base_fingerprint != own:
             logger.info("%s was learned for %s; these weights differ from it, as a derivative's do", path, base)
     elif card.base_model != here:

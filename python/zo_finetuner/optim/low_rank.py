@@ -136,7 +136,7 @@ class LowRankMomentum(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.rule) is not SGD or self.rule.clip:
+        if type(self.rule) is not SGD:
             raise InputError(f"{self.name} takes no rule: its momentum is the rule")
         if not 0 <= self.beta < 1:
             raise InputError(f"beta must be at least 0 and below 1, got {self.beta}")

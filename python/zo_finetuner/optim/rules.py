@@ -1,6 +1,6 @@
 """Update rules: what is done with an estimate of the gradient, e = sum_k g_k d_k.                       state
 
-    sgd          theta -= lr e                                   clip: |g_k| at most this                   0
+    sgd          theta -= lr e                                                                              0
     sign         theta -= lr sum_k sign(g_k) d_k / K             or, elementwise, lr sign(e)                0
     normalized   theta -= lr e / a,  a^2 an average of sum g_k^2 over the steps, bias corrected             1 number
     momentum     m = beta m + e;  theta -= lr m                                                             1 P
@@ -62,16 +62,8 @@ def moved(estimate: Estimate, coefs: list[Tensor]) -> Update:
 
 @dataclass
 class SGD(Rule):
-    """clip: bound of every |g_k|, 0 for none."""
-
-    clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_not_negative("clip", self.clip)
-
     def update(self, estimate: Estimate, context: StepContext) -> Update:
-        g = [g.clamp(-self.clip, self.clip) if self.clip else g for _, g in estimate.terms]
-        return moved(estimate, [-context.lr * g for g in g])
+        return moved(estimate, [-context.lr * g for _, g in estimate.terms])
 
 
 @dataclass

@@ -16,6 +16,10 @@ from zo_finetuner.optim.base import Part, StepContext
 
 @dataclass
 class Ones(Part):
+    """halves: all its scales are fp16 numbers, so that a journal holds them in 2 bytes."""
+
+    halves = False
+
     def scale(self, context: StepContext) -> Tensor | None:
         """(blocks,) fp32 >= 0, None for ones."""
         return None
@@ -34,9 +38,11 @@ class Constant(Ones):
 
     fixed: Tensor | None = None
 
+    halves = True
+
     def __post_init__(self) -> None:
         self.memory["scale"] = self.fixed = self.fixed.half().float()
-        self._metrics = {"scale_min": self.fixed.min(), "scale_max": self.fixed.max()}
+        self._metrics = {"scale_min": self.fixed.min(), "scale_max": self.fixed.max(), "sigma": self.fixed}
 
     def scale(self, context: StepContext) -> Tensor:
         return self.fixed

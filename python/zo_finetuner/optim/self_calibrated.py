@@ -56,6 +56,8 @@ class Calibrated(Ones):
     share: Tensor | None = None
     power: float = 0.5
 
+    halves = True
+
     def __post_init__(self) -> None:
         self.gains = GroupGains(self.elements, MEMORY)
         self.memory = self.gains.state_dict()
@@ -78,7 +80,7 @@ class Calibrated(Ones):
         scale = torch.where(here, s / pi, 0.0).sqrt().half().float()
         self._energy, self._eps = scale.sum().double().square(), context.eps
         self._metrics = {"group": self.group, "scale": scale.sum(), "scale_min": s.min().sqrt(),
-                         "scale_max": s.max().sqrt()}  # fmt: skip
+                         "scale_max": s.max().sqrt(), "sigma": s.sqrt()[self.groups]}  # fmt: skip
         return scale[self.groups]
 
     @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Checkpoints of the Trainer that are there whole or not at all: written beside, synced, then renamed.
+
+A kill or a full disk while one is saved leaves the one before; older ones go only when the new one stands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from zo_finetuner.errors import InputError
+from zo_finetuner.files import whole_folder
+from zo_finetuner.loading import check_safetensors
+
+STATE = "trainer_state.json"
+
+
+class WholeCheckpoints:
+    """A mixin over any Trainer: `_save_checkpoint` writes into a folder that becomes checkpoint-N at once, and a run
+    that is resumed from its last step takes no other."""
+
+    _unfinished: str | None = None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would look at this after a step only
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        return self._unfinished or super()._get_output_dir(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None, **kwargs: Any) -> None:
+        if self.args.world_size > 1 or trial is not None:
+            return super()._save_checkpoint(model, trial, **kwargs)
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with whole_folder(run / name) as folder:
+            self._unfinished = str(folder)
+            try:
+                super()._save_checkpoint(model, trial, **kwargs)
+            finally:
+                self._unfinished = None
+            for path in (folder / name).iterdir():
+                path.rename(folder / path.name)
+            (folder / name).rmdir()
+            if self.state.best_model_checkpoint == str(folder / name):  # the state has the place where it was made
+                self.state.best_model_checkpoint = str(run / name)
+                self.state.save_to_json(str(folder / STATE))
+        self._remove_old(run)
+
+    def _remove_old(self, run: Path) -> None:
+        """All but the last `save_total_limit`, the best one and the last."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if not limit or limit < 0:
+            return
+        found = checkpoints(run)
+        kept = {found[-1], *([Path(best)] if best else [])}
+        rest = [path for path in found if path not in kept]
+        for path in rest[: max(0, len(found) - max(limit, len(kept)))]:
+            going = path.with_name(f".{path.name}.old")  # half removed, it must not look like a checkpoint
+            path.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N of a run, in the order of N."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*")
+             if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]  # fmt: skip
+    return [path for _, path in sorted(found)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether everything that a resume reads is there and as long as it says."""
+    weights = [*checkpoint.glob("*.safetensors")]
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    try:
+        for file in weights:
+            check_safetensors(file)
+        step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        return False
+    return bool(weights) and len(states) > 2 and all(map(zipfile.is_zipfile, states)) and isinstance(step, int)

@@ -1,0 +1,112 @@
+"""A base in int8 under floating adapters: only read, probed exactly, and refused where nothing floating is chosen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import save_model, save_rows, tiny, tokens
+from references import ANSWERS, SINGLE, make, reference_loss
+from test_adapters import EPS, Noted, adapted, own_loss, train
+
+from zo_finetuner.adapters import ADAPTERS, Adapter
+from zo_finetuner.encoding import collate
+from zo_finetuner.engine import Engine
+from zo_finetuner.errors import InputError
+from zo_finetuner.loading import load_model
+from zo_finetuner.objective import training_loss
+from zo_finetuner.params import trainable_blocks
+from zo_finetuner.quantised import form, quantisation, quantised_tensor
+from zo_kernels import derive_seed, draw_noise, seed_tensor, tensor_ids
+
+torchao = pytest.importorskip("torchao.quantization")
+
+
+def int8(model):
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.mark.parametrize("probing", ["inplace", "scratch", "paired"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_probes_of_an_adapter_on_int8(kind, probing):
+    model = adapted(kind, int8(tiny("llama")))
+    name, quantised = quantised_tensor(model)
+    assert quantised == "Int8Tensor"
+    before = {n: (p.dequantize() if form(p) else p).detach().clone() for n, p in model.named_parameters()}
+
+    expected = []
+    for sign in (1, -1):
+        dense = copy.deepcopy(model)
+        trained = {n: p for n, p in dense.named_parameters() if p.requires_grad}
+        for n, tensor_id in tensor_ids(trained).items():
+            z = draw_noise(tuple(trained[n].shape), seed_tensor(derive_seed(2, 0, 0)), tensor_id)
+            trained[n].data += sign * EPS * z
+        expected.append(own_loss(dense))
+
+    engine = Engine(model, Noted(), eps=EPS, seed=2, probing=probing)
+    for _ in range(2):
+        engine.step(lambda: own_loss(model), 1e-2)
+    torch.testing.assert_close(engine.method.told[0], torch.stack(expected), rtol=2e-6, atol=0)
+    assert not getattr(engine.probing, "reason", "")
+    for n, p in model.named_parameters():
+        assert torch.equal(p.dequantize() if form(p) else p, before[n]) != p.requires_grad, n
+
+
+@torch.no_grad()
+def test_an_int8_head_is_read_whole():
+    model = adapted("lora", int8(make("Llama")))
+    assert form(model.get_base_model().lm_head.weight) == "Int8Tensor"
+    for packed in (True, False):
+        expected = reference_loss(model, SINGLE)
+        loss, _ = training_loss(model, collate(SINGLE, 0, packed=packed))
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    training_loss(model, collate(ANSWERS, 0))
+
+
+def test_an_int8_base_without_a_floating_adapter_is_refused():
+    with pytest.raises(InputError, match=r"q_proj.weight is Int8Tensor: .* train an adapter on it \(--adapter lora"):
+        trainable_blocks(int8(tiny("llama")))
+    with pytest.raises(InputError, match="the adapter covers no floating tensor"):
+        trainable_blocks(adapted("lora", int8(tiny("llama"))).requires_grad_(False))
+    chosen = int8(tiny("llama"))
+    for name, p in chosen.named_parameters():
+        p.requires_grad_("norm" in name)
+    assert len(trainable_blocks(chosen)) == 5  # who chose norms on an int8 base trains them
+
+
+def test_loading_quantises_the_layers_and_not_the_head(tmp_path):
+    model, _ = load_model(str(save_model(tmp_path)), quantize="int8", adapter=Adapter("lora"))
+    forms = {n.rpartition("layers.")[2]: form(p) for n, p in model.named_parameters()}
+    assert forms["0.self_attn.q_proj.base_layer.weight"] == forms["1.mlp.up_proj.weight"] == "Int8Tensor"
+    assert form(model.get_base_model().lm_head.weight) == ""
+    ids = tokens() % 18
+    assert torch.isfinite(own_loss(model, ids))
+
+
+@pytest.mark.parametrize("name", ["int9", "nf4", "bnb-int8"])
+def test_what_is_missing_is_told(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="unknown quantisation" if name == "int9" else "is not installed|needs a GPU"):
+        quantisation(name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU")
+@pytest.mark.parametrize("name", ["nf4", "bnb-int8"])
+def test_bitsandbytes_on_a_gpu(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model(str(save_model(tmp_path)), quantize=name, adapter=Adapter("lora"))
+    assert quantised_tensor(model)[1] in ("uint8", "int8")
+    ids = (tokens() % 18).to(model.device)
+    for probing in ("inplace", "scratch", "paired"):
+        engine = Engine(model, Noted(), eps=EPS, probing=probing)
+        for _ in range(2):
+            engine.step(lambda: own_loss(model, ids), 1e-4)
+        assert torch.isfinite(torch.cat(engine.method.told)).all()
+
+
+def test_zo_train_on_an_int8_base(tmp_path):
+    save_model(tmp_path / "model")
+    save_rows(tmp_path / "sst2")
+    assert train(tmp_path, tmp_path / "out", "--adapter", "prefix", "--quantize", "int8") == 0
