@@ -25,6 +25,7 @@ from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
+from zo_finetuner.fits import require_fits
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
@@ -75,6 +76,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         checkpoint = folder.last_checkpoint()
     checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
+    require_fits(config)
     set_seed(config.seed)  # LoRA's initial values
     model, tokenizer = load_model(
         config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,

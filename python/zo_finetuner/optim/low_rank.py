@@ -88,6 +88,13 @@ class LowRank(Composed):
             return 4 * sum((x.m + x.n) * self._layout.limit for x in matrices)
         return 4 * (sum(x.n * r + self.two_sided * x.m * r for x in matrices) + sum(self._layout.sizes))
 
+    @property
+    def merges_per_step(self) -> float:
+        """Passes over the weights: one for each subspace, or whenever the limit is reached."""
+        if self.period:
+            return 1 / self.period
+        return 1 / max(1, -(-self.limit // (self.rank * self.estimator.directions)))
+
     def start(self, blocks: Blocks) -> None:
         super().start(blocks)
         gain = 1.0 if self.period else self.rank**-0.5
