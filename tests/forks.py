@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def start(argv: list[str], log: Path, before: Callable[[], None] = lambda: None)
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)  # not those of pytest
+        gc.freeze()  # what was imported is not searched for garbage, page by page
         before()
         code = main(argv)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import lzma
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy
@@ -24,20 +26,25 @@ from mutations import edited, mangled, places, sometimes_mangled
 from safetensors.torch import save
 from torch_files import NAMES, network
 
+from zo_finetuner.adapters import Adapter
 from zo_finetuner.cards import RECIPES, Card
+from zo_finetuner.checkpoints import SUMS, is_whole, sums
 from zo_finetuner.config import resolve
 from zo_finetuner.data import load_splits
+from zo_finetuner.errors import InputError
 from zo_finetuner.journal import FORMAT_VERSION, MAGIC, Header, Layout, read_journal
 from zo_finetuner.learning.checkpoint import STATE, saved_state
 from zo_finetuner.learning.show import describe_card, held_bytes, scales_to_show
 from zo_finetuner.learning.text import read_documents
 from zo_finetuner.loading import check_folder, check_safetensors, load_model
+from zo_finetuner.own.splits import load_own
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn
 from zo_finetuner.scale_net import ScaleNet
 from zo_finetuner.state_files import digest, write_state
 from zo_finetuner.tasks import get_task
 
+HEADER = save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(2, 4, dtype=torch.bfloat16)})
 Files = st.SearchStrategy[dict[str, bytes]]
 
 
@@ -189,6 +196,7 @@ STATE_TREE = {
 }  # fmt: skip
 
 
+@lru_cache  # of two texts of metadata safetensors writes either first
 def state_file() -> bytes:
     with TemporaryDirectory() as folder:
         write_state(Path(folder) / STATE, STATE_TREE)
@@ -210,6 +218,37 @@ def states(draw: Any) -> bytes:
 
 def read_saved(folder: Path) -> None:
     saved_state(folder, STATE_TREE["settings"], resume=True, overwrite=False)
+
+
+# --- checkpoints of the Trainer ---
+
+
+@lru_cache
+def checkpoint_files() -> dict[str, bytes]:
+    """What a checkpoint has, and its sums."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": {0: torch.ones(3)}}, folder / file)
+        (folder / "model.safetensors").write_bytes(HEADER)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 4, "log_history": [{"loss": 1.5}]}))
+        (folder / SUMS).write_text(json.dumps(sums(folder)))
+        return contents(folder)
+
+
+@st.composite
+def checkpoint_folders(draw: Any) -> dict[str, bytes]:
+    """One file of a checkpoint broken, or none."""
+    files = checkpoint_files()
+    name = draw(st.sampled_from(sorted(files)))
+    return files | {name: draw(mangled(files[name]) | st.just(files[name]))}
+
+
+def read_checkpoint(folder: Path) -> None:
+    if not is_whole(folder):
+        raise InputError(f"{folder}: is not whole")
+    same = {name: data for name, data in contents(folder).items() if name != SUMS}  # whose spelling may be another
+    assert same.items() <= checkpoint_files().items(), "a checkpoint that was changed is taken for a whole one"
 
 
 # --- texts ---
@@ -283,6 +322,39 @@ def text_files(draw: Any) -> dict[str, bytes]:
     return files | {name: draw(mangled(draw(made)) if name == "b.txt.xz" else sometimes_mangled(made))}
 
 
+OWN = [{"prompt": "is it good?", "completion": "yes", "n": 1}, {"prompt": "is it?", "completion": "no", "n": 2}] * 2
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@lru_cache
+def parquet() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    made = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OWN), made)
+    return made.getvalue()
+
+
+@st.composite
+def own_files(draw: Any) -> dict[str, bytes]:
+    """A user's rows, in one of the four kinds of files; the other files are whole."""
+    table = 'prompt,completion\n"is it, really?",yes\nis it?,no\na,b\n'
+    files = {"x.csv": table.encode(), "x.json": encoded(json.dumps(OWN)), "x.parquet": parquet(),
+             "x.jsonl": encoded(json.dumps(OWN[0])), "kind": b""}  # fmt: skip
+    name = draw(st.sampled_from(("x.csv", "x.json", "x.parquet", "x.jsonl")))
+    broken = {"x.csv": mangled(files["x.csv"]), "x.parquet": mangled(files["x.parquet"]) | st.just(files["x.parquet"]),
+              "x.json": sometimes_mangled(edited(OWN).map(encoded)),
+              "x.jsonl": sometimes_mangled(lines_like(CHAT) | lines_like(OWN[0]))}  # fmt: skip
+    return files | {name: draw(broken[name]), "kind": name.encode()}
+
+
+def read_own(folder: Path) -> None:
+    splits, _ = load_own(str(folder / (folder / "kind").read_text()), num_dev=1, num_eval=1)
+    for place, row in splits.train + splits.dev + splits.test:
+        assert str(folder) in place and repr(row)
+
+
 def read_texts(folder: Path) -> None:
     for document in read_documents(folder):
         document.encode()
@@ -290,7 +362,6 @@ def read_texts(folder: Path) -> None:
 
 # --- folders of models ---
 
-HEADER = save({"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(2, 4, dtype=torch.bfloat16)})
 INDEX = {"metadata": {"total_size": 32}, "weight_map": {"model.norm.weight": "w.safetensors", "b": "w.safetensors"}}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2,
           "num_attention_heads": 4, "vocab_size": 97, "rope_theta": 1e4, "tie_word_embeddings": True}  # fmt: skip
@@ -330,6 +401,35 @@ def whole_folders(draw: Any) -> dict[str, bytes]:
     return files | {name: draw(sometimes_mangled(edited(json.loads(files[name])).map(encoded)))}
 
 
+@lru_cache
+def base_folder() -> Path:
+    """A tiny model on the disk, and an adapter beside it."""
+    folder = Path(mkdtemp(prefix="zo-fuzz-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    save_model(folder / "base")
+    model, _ = load_model(str(folder / "base"), adapter=Adapter(kind="lora"))
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+@st.composite
+def adapter_folders(draw: Any) -> dict[str, bytes]:
+    """A saved LoRA, of whose two files one is broken."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    files = {name: (base_folder() / "adapter" / name).read_bytes() for name in names}
+    if draw(st.booleans()):
+        return files | {names[1]: draw(safetensors_like(files[names[1]]))}
+    config = json.loads(files[names[0]]) | {"base_model_name_or_path": str(base_folder() / "base")}
+    return files | {names[0]: draw(sometimes_mangled(edited(config).map(encoded)))}
+
+
+def read_adapter(folder: Path) -> None:
+    try:
+        load_model(str(folder))
+    except InputError as error:  # the base that a broken config names is no file of the adapter's folder
+        raise InputError(f"{folder}: {error}") from None
+
+
 READERS = {
     **{
         f"learned scales, {kind}": Reader(
@@ -339,15 +439,18 @@ READERS = {
     },
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
     "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
+    "checkpoint": Reader(checkpoint_folders(), read_checkpoint),
     "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(
         file("x.yaml", sometimes_mangled(yaml_like())), lambda folder: resolve({"config": str(folder / "x.yaml")})
     ),
     "rows": Reader(row_files(), read_rows),
+    "own rows": Reader(own_files(), read_own),
     "texts": Reader(text_files(), read_texts),
     "weights": Reader(
         file("x.safetensors", safetensors_like(HEADER)), lambda folder: check_safetensors(folder / "x.safetensors")
     ),
     "model folder": Reader(folder_files(), lambda folder: check_folder(folder), with_tokenizer),
+    "adapter, loaded": Reader(adapter_folders(), read_adapter, cost=10),
     "model, loaded": Reader(whole_folders(), lambda folder: load_model(str(folder)), cost=10),
 }

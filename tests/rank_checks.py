@@ -120,3 +120,71 @@ def a_rank_that_dies():
         whole = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         return engine.step_count, whole, str(error)
     return None
+
+
+def sharded(name: str, dtype: str, probing: str):
+    """Losses and whole weights after some steps on weights that FSDP2 spreads over the ranks; rank 0 adds those of one
+    process.  Each rank has its own rows."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def steps(model, ranks):
+        # PertNN looks at statistics of the weights, which are joined from the pieces
+        method = make_method(name, model, settings={})
+        engine = Engine(model, method, eps=1e-2, seed=5, probing=probing, weight_decay=0.1, ranks=ranks)
+        losses = []
+        for step in range(STEPS):
+            numbers = range(4 * step, 4 * step + 4)
+            if ranks is not None:
+                numbers = numbers[ranks.rank :: ranks.size]
+            losses.append(engine.step(partial(window_loss, model, numbers), 1e-2).item())
+        with torch.no_grad():
+            losses.append(model(**micro_batch(99)).loss.item())  # what anybody sees who calls it afterwards
+        return losses
+
+    def whole(parameter):
+        tensor = parameter.detach()
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def spread():
+        model = tiny("llama-tied", getattr(torch, dtype))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    from zo_finetuner.shards import reshard
+
+    model = spread()
+    losses = steps(model, Ranks())
+    reshard(model)
+    weights = [whole(p).flatten() for p in model.parameters()]
+    alone = None
+    if dist.get_rank() == 0:
+        one = tiny("llama-tied", getattr(torch, dtype))
+        losses_alone = steps(one, None)
+        alone = losses_alone, [p.detach().flatten() for p in one.parameters()]
+    if alone is None:
+        return losses, None
+    equal = all(torch.equal(a, b) for a, b in zip(weights, alone[1], strict=True))
+    far = max((a.float() - b.float()).abs().max().item() for a, b in zip(weights, alone[1], strict=True))
+    return losses, (alone[0], equal, far)
+
+
+def refused_shards(names: list[str]):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from zo_finetuner.errors import InputError
+
+    model = fully_shard(tiny("llama-tied"), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    told = []
+    for name in names:
+        try:
+            Engine(model, make_method(name, model, settings={}), eps=1e-2, ranks=Ranks())
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    return told

@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import lzma
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from bounded import bounded, contents
 from fuzzed import CONFIG, HEADER, INDEX, READERS, learned, taken_apart
 from models import save_model, save_rows
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from zo_finetuner.adapters import Adapter
 from zo_finetuner.cards import fingerprint
 from zo_finetuner.cli import main
 from zo_finetuner.config import resolve
 from zo_finetuner.errors import InputError
+from zo_finetuner.files import write_text
 from zo_finetuner.learning.text import read_documents
 from zo_finetuner.loading import check_folder, check_safetensors, load_model
 from zo_finetuner.optim import make_method
+from zo_finetuner.own import files
+from zo_finetuner.own.files import read_source
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn, save_pertnn
-from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_lines
+from zo_finetuner.reading import MOST_DEPTH, MOST_LINE, parse_json, read_bytes, read_lines
 from zo_finetuner.scale_net import ScaleNet
+from zo_finetuner.training import _saved_before
 
 #: A file of every reader in `fuzzed.READERS`.
 FILES = {
@@ -93,6 +99,15 @@ def test_lines_are_never_held_beyond_the_limit(tmp_path):
     with path.open("wb") as stream:
         stream.truncate(2 << 30)
     refused(lambda: next(read_lines(path)), "has 2,147,483,648 bytes; at most 1,073,741,824 are read")
+
+
+def test_a_file_is_read_into_no_more_memory_than_it_has(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"abc")
+    with bounded(64 << 20):
+        assert read_bytes(path, 1 << 30) == b"abc"
+    if os.path.exists("/proc/self/maps"):
+        refused(lambda: read_bytes(Path("/proc/self/maps"), 1 << 30), "/proc/self/maps: grows while it is read")
 
 
 def test_packed_text_is_unpacked_in_pieces(tmp_path):
@@ -169,6 +184,19 @@ def test_settings_that_are_not_what_they_seem(tmp_path, text, words):
     refused(lambda: resolve({"config": str(path)}), str(path), *words)
 
 
+def test_a_table_that_unpacks_to_more_than_it_may(tmp_path, monkeypatch):
+    """A value of 1 MB that 100 rows share takes a file of a few KB."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "x.parquet"
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100), pyarrow.array(["y" * 1_000_000]))
+    write_table(pyarrow.table({"text": shared}), path)
+    assert path.stat().st_size < 200_000
+    monkeypatch.setattr(files, "MOST_DATA", 10_000_000)
+    refused(lambda: read_source(str(path)), f"{path}: unpacks to more than 10,000,000 bytes")
+
+
 # --- tensors ---
 
 
@@ -222,6 +250,61 @@ def test_shards_lie_in_the_folder(tmp_path, name):
     check_folder(tmp_path)
     index.write_text(json.dumps({"weight_map": INDEX["weight_map"] | {"b": name}}))
     refused(lambda: check_folder(tmp_path), f"{index}: tensor b is said to be in", "which is no file of this folder")
+
+
+def test_the_rest_of_a_folder_is_of_regular_files(base, tmp_path):
+    for path in (base[0] / "model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer_config.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    refused(lambda: load_model(str(tmp_path)), f"{tmp_path / 'tokenizer_config.json'}: is a pipe")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with (tmp_path / "tokenizer.json").open("wb") as stream:
+        stream.truncate(1 << 30)
+    refused(lambda: load_model(str(tmp_path)), "tokenizer.json: has 1,073,741,824 bytes; at most")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, ('"num_hidden_layers" is 1000000000; at most 1,024',)),
+        ({"num_hidden_layers": 3}, ("tensor model.layers.2.input_layernorm.weight is not in its files (9 ",)),
+        ({"hidden_size": 1 << 20}, ("have other shapes than config.json asks for",)),
+        ({"vocab_size": 1 << 40}, ("",)),
+        ({"hidden_size": "x"}, ("cannot be loaded",)),
+        ({"_attn_implementation": "somebody/kernels"}, ("asks for code from the Hub (somebody/kernels)",)),
+        ({"auto_map": {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}, "model_type": "evil"}, ("",)),
+    ],
+)
+def test_configs_that_lie_about_the_weights(base, tmp_path, change, words):
+    for path in (base[0] / "model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught, bounded():
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert all(word in str(caught.value) for word in words) and not (tmp_path / "executed").exists()
+
+
+def test_an_adapter_with_a_tensor_less(base, tmp_path):
+    model, _ = load_model(str(base[0] / "model"), adapter=Adapter(kind="lora"))
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name, _ = tensors.popitem()
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(lambda: load_model(str(tmp_path)), f"{file}: tensor {name} is not in the file (1 are missing)")
+
+
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".x.json.{os.getpid()}.tmp").symlink_to(victim)
+    write_text(tmp_path / "x.json", "{}")
+    assert victim.read_text() == "mine" and contents(tmp_path) == {"victim": b"mine", "x.json": b"{}"}
 
 
 # --- cards that lie ---
@@ -344,3 +427,21 @@ def test_one_line_and_exit_code_2_and_nothing_is_written(base, tmp_path, monkeyp
     lines = [line for line in err.splitlines() if not line.startswith("zo: warning: ")]  # of few rows
     assert out == "" and len(lines) == 1 and lines[0].startswith("zo: error: ")
     assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", ("holds a list, not a JSON object",)),
+        ('{"loss": "1.5"}', ('"loss" is 1.5, not a number',)),
+        ('{"loss": 1.5, "accuracy": null, "n": 3}', ('"accuracy" is None, not a number',)),
+        ('{"loss": 1.5, "loss": 2.5}', ('key "loss" stands twice',)),
+    ],
+)
+def test_what_was_measured_before_is_measured_again(tmp_path, text, words):
+    assert _saved_before(tmp_path, "accuracy") is None
+    path = tmp_path / "before.json"
+    path.write_text(text)
+    refused(lambda: _saved_before(tmp_path, "accuracy"), f"{path}: ", *words, "remove the file, and it is measured")
+    path.write_text('{"loss": NaN, "accuracy": 0.5, "n": 3}')
+    assert _saved_before(tmp_path, "accuracy")["n"] == 3

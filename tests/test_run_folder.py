@@ -21,8 +21,11 @@ from zo_finetuner.checkpoints import checkpoints, is_whole
 from zo_finetuner.cli import main
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder
+from zo_finetuner.journal import read_journal
 from zo_finetuner.run_folder import RunFolder
 from zo_finetuner.training import TaskTrainer
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,10 @@ def base(tmp_path_factory):
     save_model(folder / "model")
     save_rows(folder / "data")
     return folder
+
+
+def no_journal(base, out, **more):
+    return [*flags(base, out, **more), "--no-journal"]
 
 
 def same_weights(one, other) -> bool:
@@ -99,8 +106,17 @@ def test_a_folder_is_whole_or_the_one_before(tmp_path):
     assert [entry.name for entry in path.iterdir()] == ["b"]
 
 
+def flip(path, at):
+    """Change a bit of the byte at that place."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
 def damages(checkpoint):
-    """Ways in which a checkpoint was left half written by something else."""
+    """Ways in which a checkpoint was left half written by something else, or has changed since."""
+    yield lambda: flip(checkpoint / "model.safetensors", -1)
+    yield lambda: flip(checkpoint / "optimizer.pt", 200)
     yield lambda: (checkpoint / "trainer_state.json").unlink()
     yield lambda: (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:-200])
     yield lambda: (checkpoint / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-9])
@@ -118,7 +134,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(base, tmp_path, caplog):
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, *args, **kwargs)
 
-    argv = flags(base, out, lr=lr, eval_steps=2)
+    argv = no_journal(base, out, lr=lr, eval_steps=2)
     child = start(argv, tmp_path / "log", lambda: setattr(TaskTrainer, "training_step", stop))
     assert wait(child) == -signal.SIGKILL
     *_, older, newest = checkpoints(out)
@@ -150,15 +166,15 @@ def test_a_full_disk_while_saving_is_one_line_and_the_last_checkpoint_stays(base
             small_files()
         return save(trainer, *args, **kwargs)
 
-    child = start(flags(base, out), tmp_path / "log", lambda: setattr(TaskTrainer, "_save_checkpoint", later))
+    child = start(no_journal(base, out), tmp_path / "log", lambda: setattr(TaskTrainer, "_save_checkpoint", later))
     assert wait(child) == 2
     _, error = child.text.split("zo: error: ")
     assert "checkpoint-6: cannot be written" in error.splitlines()[0] and "File too large" in error.splitlines()[0]
     assert "Traceback" not in child.text
     assert [path.name for path in checkpoints(out)] == ["checkpoint-3"] and is_whole(out / "checkpoint-3")
     assert not [path for path in out.iterdir() if "unfinished" in path.name or path.name.endswith(".tmp")]
-    assert main([*flags(base, out), "--resume"]) == 0
-    assert main(flags(base, tmp_path / "whole")) == 0
+    assert main([*no_journal(base, out), "--resume"]) == 0
+    assert main(no_journal(base, tmp_path / "whole")) == 0
     assert same_weights(out, tmp_path / "whole")
 
 
@@ -179,18 +195,19 @@ def at_step(number, act):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves_it(base, tmp_path, monkeypatch, capsys, number):
-    out = tmp_path / "run"
-    assert main(flags(base, tmp_path / "whole", steps=5)) == 0
+@pytest.mark.parametrize("kept", ["journal", "checkpoint"])
+def test_a_signal_finishes_the_step_and_keeps_it(base, tmp_path, monkeypatch, capsys, number, kept):
+    out, more = tmp_path / "run", [] if kept == "journal" else ["--no-journal"]
+    assert main([*flags(base, tmp_path / "whole", steps=5), *more]) == 0
     before = signal.getsignal(number)
     monkeypatch.setattr(TaskTrainer, "training_step", at_step(1, lambda: os.kill(os.getpid(), number)))
     capsys.readouterr()
-    assert main(flags(base, out, steps=5)) == 130
+    assert main([*flags(base, out, steps=5), *more]) == 130
     told = capsys.readouterr().err
     assert "stopping after this step; once more stops at once" in told
-    assert f"zo: interrupted; step 2 is saved, go on with: zo train --config {out / 'config.yaml'} --resume" in told
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"] and not (out / "result.json").exists()
-    assert signal.getsignal(number) is before
+    assert f"interrupted; step 2 is kept ({kept}), go on with: zo train --config {out / 'config.yaml'} --resume" in told
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"] * bool(more)
+    assert not (out / "result.json").exists() and signal.getsignal(number) is before
     monkeypatch.undo()
     assert main(["train", "--config", str(out / "config.yaml"), "--resume"]) == 0
     assert same_weights(out, tmp_path / "whole") and result(out)["steps"] == 5
@@ -208,26 +225,48 @@ def test_twice_stops_at_once(base, tmp_path, monkeypatch):
 
 def test_an_interruption_of_a_run_that_keeps_nothing_says_so(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(TaskTrainer, "training_step", at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    assert main([*flags(base, tmp_path / "run", steps=5), "--no-checkpoints"]) == 130
-    assert "interrupted after step 2; nothing was saved (--no-checkpoints)" in capsys.readouterr().err
+    assert main([*flags(base, tmp_path / "run", steps=5), "--no-checkpoints", "--no-journal"]) == 130
+    assert "interrupted after step 2; nothing was kept (--no-checkpoints, --no-journal)" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_resumed_to_the_same_end(base, tmp_path):
-    """Killed between the last step and the result: no step is taken again, or the same ones."""
+@pytest.mark.parametrize("more", [(), ("--no-journal",)])
+def test_a_finished_run_is_resumed_to_the_same_end(base, tmp_path, more):
+    """Killed between the last step and the result: no other step is taken."""
     out = tmp_path / "run"
-    assert main(flags(base, out)) == 0
+    assert main([*flags(base, out), *more]) == 0
     first = load_file(out / "model" / "model.safetensors")
     (out / "result.json").unlink()
-    assert main([*flags(base, out), "--resume"]) == 0
+    assert main([*flags(base, out), "--resume", *more]) == 0
     again = load_file(out / "model" / "model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first) and result(out)["steps"] == 6
+
+
+def test_a_full_disk_while_the_journal_is_written(base, tmp_path):
+    """A step that is not in the journal ends the run with a line, and is taken again."""
+    out = tmp_path / "run"
+
+    def full(trainer, *args, step=TaskTrainer.training_step, **kwargs):
+        if trainer.state.global_step == 4:
+            size = (out / "journal.zoj").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, size + 20))
+        return step(trainer, *args, **kwargs)
+
+    child = start(flags(base, out), tmp_path / "log", lambda: setattr(TaskTrainer, "training_step", full))
+    assert wait(child) == 2
+    _, error = child.text.split("zo: error: ")
+    assert "journal.zoj: the journal cannot be written (File too large)" in error.splitlines()[0]
+    journal = read_journal(out / "journal.zoj")
+    assert journal.steps == 4 and journal.cut == 20
+    assert main([*flags(base, out), "--resume"]) == 0
+    assert main(flags(base, tmp_path / "whole")) == 0
+    assert same_weights(out, tmp_path / "whole")
 
 
 def test_a_run_that_skips_too_much_ends_with_a_line(base, tmp_path, monkeypatch, capsys):
     nan = torch.tensor(torch.nan)
     monkeypatch.setattr(workload, "training_loss", lambda model, batch: (nan, torch.ones(())))
     capsys.readouterr()
-    assert main(flags(base, tmp_path / "run", steps=50, eval_steps=10)) == 2
+    assert main(no_journal(base, tmp_path / "run", steps=50, eval_steps=10)) == 2
     _, error = capsys.readouterr().err.split("zo: error: ")
     assert error.startswith("stopped before step 35: more than 50% of the last steps were skipped (35 in all")
     assert is_whole(checkpoints(tmp_path / "run")[-1])

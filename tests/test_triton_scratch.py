@@ -71,6 +71,21 @@ def test_scratch_of_rows_is_a_part_of_the_whole(target, monkeypatch, shape):
     assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows])
 
 
+@pytest.mark.parametrize("offset", [256, 2**33 + 1000])
+def test_the_scratch_of_a_shard_has_the_noise_of_its_place(target, monkeypatch, offset):
+    monkeypatch.setattr(target.backend, "BLOCK", 256)
+    monkeypatch.setattr(target.backend, "SPAN", 512)
+    theta = torch.randn(1111, generator=torch.Generator().manual_seed(4)).bfloat16()
+    place, options = theta.to(target.device), {"nearest_above": 1.0, "mirror": True}
+    expected = scratches(reference, theta, 1e-3, "rademacher", offset=offset, **options)
+    actual = scratches(target.backend, place, 1e-3, "rademacher", offset=offset, **options)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    whole = scratches(target.backend, place, 1e-3, "normal", offset=offset, **options)
+    for first, end in ((0, 1), (1, 700), (700, 1111)):
+        part = scratches(target.backend, place[first:end].clone(), 1e-3, "normal", offset=offset + first, **options)
+        assert torch.equal(part[0], whole[0][first:end]) and torch.equal(part[1], whole[1][first:end])
+
+
 def test_no_rows_launch_nothing(target):
     theta = torch.ones(3, 4, device=target.device)
     assert scratches(target.backend, theta, 1.0, "normal", rows=[])[0].shape == (0, 4)

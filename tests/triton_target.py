@@ -147,7 +147,7 @@ def updated(module, tensors, coefs, dist, *, scale="block", decay=None, rounding
 
 def scratches(
     module, theta, coef, dist, *,
-    seed=2**64 - 3, scale=None, nearest_above=None, rows=None, mirror=False, shift=0, stats=None,
+    seed=2**64 - 3, scale=None, nearest_above=None, rows=None, mirror=False, shift=0, stats=None, offset=0,
 ):  # fmt: skip
     """`scratch` of theta into fresh tensors, `shift` elements off their 16-byte boundary: [out] or [out, mirror], on
     the CPU."""
@@ -167,6 +167,7 @@ def scratches(
         None if rows is None else torch.tensor(rows, dtype=torch.int64, device=device),
         dist,
         stats,
+        offset=offset,
     )
     return [out.cpu() for out in outs]
 

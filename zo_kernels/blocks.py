@@ -37,6 +37,7 @@ class Blocks:
     named: (name, tensor) pairs; the tensors are held, not copied, and written in place by the ops.
     ids: name -> tensor id (uint32), e.g. read from a journal; computed from the names when not given.
     offsets: per block, the global index of the tensor's first element (a shard of a larger tensor); default 0.
+    whole: per block, how many elements that larger tensor has; default those of the tensor.
 
     Raises ValueError naming the tensor: not floating (int8 bases train adapters instead), another device,
     listed twice, sharing its memory with another block (tie them to one name first), an expanded view, or without
@@ -48,6 +49,7 @@ class Blocks:
         named: Iterable[tuple[str, Tensor]],
         ids: Mapping[str, int] | None = None,
         offsets: Sequence[int] | None = None,
+        whole: Sequence[int] | None = None,
     ):
         pairs = list(named)
         self.names = [name for name, _ in pairs]
@@ -56,6 +58,7 @@ class Blocks:
         self.ids = [ids[name] for name in self.names]
         self.offsets = list(offsets) if offsets is not None else [0] * len(pairs)
         self.numels = [tensor.numel() for tensor in self.tensors]
+        self.whole = list(whole) if whole is not None else self.numels
         self.addresses: tuple[int, ...] = ()
         self._strides: tuple[tuple[int, ...], ...] = ()
         self.states_apart: tuple[tuple[int, ...], tuple[int, ...]] = (), ()  # addresses known not to overlap

@@ -119,6 +119,7 @@ def scratch(
     dist: str = "normal",
     stats: bool = False,
     form: Form | None = None,
+    offset: int = 0,
 ) -> BlockStats | None:
     """out = round(theta + sum_k coefs[k] * scale_k * z_k); theta is only read.
 
@@ -131,7 +132,8 @@ def scratch(
     stochastically (bits of the first seed) below; None: always nearest.
     Round-to-nearest in bf16 realises only 23 % of a perturbation of 1e-3 on a weight of 1.0.
     stats: return the statistics of theta, vectors of one value (not with rows, which read a part of it).
-    form: of the directions; its tensor is like theta, and is read by the same rows."""
+    form: of the directions; its tensor is like theta, and is read by the same rows.
+    offset: global index of theta's first element, of a shard (not with rows)."""
     require_scratch(theta, out, mirror, rows)
     if seeds.dim():
         require_directions(seeds, coefs, scale, (), theta.device, dist)
@@ -144,11 +146,13 @@ def scratch(
         require(rows, "rows", torch.int64, (rows.shape[0],), theta.device)
         if stats:
             raise ValueError("stats need all of theta, and rows read a part of it")
+        if offset:
+            raise ValueError("rows are numbered in a whole tensor: a shard has an offset instead")
     require_optional({"nearest_above": nearest_above}, torch.float32, theta.device)
     require_form(form, theta)
     result = BlockStats.empty(1, theta.device) if stats else None
     backend(theta.device.type).scratch(
-        theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, result, form
+        theta, out, mirror, tensor_id, seeds, coefs, scale, nearest_above, rows, dist, result, form, offset
     )
     return result
 

@@ -158,14 +158,28 @@ def load_adapter(model: nn.Module, folder: str) -> nn.Module:
     try:
         config = peft.PeftConfig.from_pretrained(folder)
         if not config.is_prompt_learning:
-            return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            wrapped = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            _require_stored(wrapped, weights)
+            return wrapped
         config.inference_mode = False  # PEFT loads virtual tokens frozen or not at all
         wrapped = peft.get_peft_model(model, config)
         peft.set_peft_model_state_dict(wrapped, peft.load_peft_weights(folder, device=str(model.device)))
         return wrapped
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model {folder}: the adapter does not go onto its base ({reason})") from None
+    except InputError:
+        raise
+    except Exception as error:  # of any type: what its config says is taken without a check
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"model {folder}: the adapter does not go onto its base ({shown(reason, 300)})") from None
+
+
+def _require_stored(wrapped: nn.Module, weights: Path) -> None:
+    """InputError where a tensor of the adapter is not in its file: PEFT leaves it as it was drawn."""
+    import peft
+
+    needed = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    if missing := sorted(needed - read_header(weights).tensors.keys()):
+        raise InputError(f"{weights}: tensor {missing[0]} is not in the file ({len(missing)} are missing) and would be "
+                         "random; save the adapter again")
 
 
 def _real_tokens(model: nn.Module, count: int, seed: int) -> Tensor:

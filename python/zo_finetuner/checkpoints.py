@@ -5,18 +5,20 @@ A kill or a full disk while one is saved leaves the one before; older ones go on
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 from zo_finetuner.errors import InputError
-from zo_finetuner.files import whole_folder
+from zo_finetuner.files import whole_folder, write_json
 from zo_finetuner.loading import check_safetensors
+from zo_finetuner.reading import open_file, read_object, require_file
 
-STATE = "trainer_state.json"
+STATE, SUMS = "trainer_state.json", "sums.json"
+CHUNK = 1 << 20
 
 
 class WholeCheckpoints:
@@ -49,6 +51,7 @@ class WholeCheckpoints:
             if self.state.best_model_checkpoint == str(folder / name):  # the state has the place where it was made
                 self.state.best_model_checkpoint = str(run / name)
                 self.state.save_to_json(str(folder / STATE))
+            write_json(folder / SUMS, sums(folder))
         self._remove_old(run)
 
     def _remove_old(self, run: Path) -> None:
@@ -72,14 +75,32 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def sums(folder: Path) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of every file of a checkpoint, by name.  Raises InputError."""
+    return {path.name: _sum(path) for path in sorted(folder.iterdir()) if path.name != SUMS}
+
+
+def _sum(path: Path) -> list[int]:
+    size = total = 0
+    with open_file(path) as stream:
+        while piece := stream.read(CHUNK):
+            size, total = size + len(piece), zlib.crc32(piece, total)
+    return [size, total]
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Whether everything that a resume reads is there and as long as it says."""
+    """Whether everything that a resume reads is there, as it was written.  The Trainer reads its own files with
+    `weights_only`, which runs no code; that no bit of them has changed since is what their sums say, which only
+    checkpoints of another Trainer lack."""
     weights = [*checkpoint.glob("*.safetensors")]
     states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
     try:
         for file in weights:
             check_safetensors(file)
-        step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+        for file in states:
+            require_file(file)
+        step = read_object(checkpoint / STATE, "", finite=False).get("global_step")
+        same = not (checkpoint / SUMS).exists() or read_object(checkpoint / SUMS, "") == sums(checkpoint)
+    except (OSError, InputError):
         return False
-    return bool(weights) and len(states) > 2 and all(map(zipfile.is_zipfile, states)) and isinstance(step, int)
+    return bool(weights) and len(states) > 2 and all(map(zipfile.is_zipfile, states)) and type(step) is int and same

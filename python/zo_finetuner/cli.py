@@ -1,4 +1,4 @@
-"""The command line: `zo train | eval | learn | show | plan | demo | convert | env`.
+"""The command line: `zo train | eval | learn | show | replay | diff | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -19,7 +19,8 @@ from zo_finetuner.errors import InputError, RunStopped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C)."""
+    """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop and for journals that
+    differ, 130 after Ctrl-C)."""
     arguments = vars(_parser().parse_args(argv))
     run = arguments.pop("run")
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()
     try:
-        run(arguments)
+        return run(arguments) or 0
     except InputError as error:
         if leads:
             print(f"zo: error: {error}", file=sys.stderr)
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
@@ -62,6 +62,7 @@ def keep_large_buffers() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from zo_finetuner import journal_command
     from zo_finetuner.config import add_flags, add_settings_flag
     from zo_finetuner.learning.command import add_commands
     from zo_finetuner.loading import DTYPES
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_flags(verb("train", _train, "fine-tune a model on a task"))
     add_commands(verbs)
+    journal_command.add_commands(verbs)
 
     evaluate = verb("eval", _eval, "loss and metric of a model on a task's validation rows, or on rows of your own")
     evaluate.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id")

@@ -76,6 +76,9 @@ class RunConfig:
     graphs: str = _option("auto", "steps repeated as CUDA graphs, one for each shape of a batch: " + ", ".join(GRAPHS))
     dtype: str = _option("auto", "dtype to load the model in: " + ", ".join(DTYPES))
     random_weights: bool = _option(False, "weights drawn afresh from the config, to measure speed and memory")
+    branch: str | None = _option(
+        None, "JOURNAL:STEP, begin with the weights that this run of the model had after so many steps"
+    )
     adapter: str | None = _option(None, f"train an adapter instead of the whole model: {', '.join(ADAPTERS)}")
     lora_rank: int = _option(0, "rank of lora and dora (default: 8); alone it asks for lora")
     lora_alpha: int = _option(16, "alpha of lora and dora")
@@ -94,10 +97,10 @@ class RunConfig:
     eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
     logging_steps: int = _option(10, "steps between logged losses")
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
-    resume: bool = _option(False, "go on from the last checkpoint in output_dir (start fresh where there is none)")
+    resume: bool = _option(False, "go on where the run in output_dir ended (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
     journal: bool = _option(True, "write every step to output_dir/journal.zoj, for `zo replay`")
-    checkpoints: bool = _option(True, "keep the best and the last weights on disk; without, a run ends with its last")
+    checkpoints: bool = _option(True, "end with the weights that were best on dev; without, with the last ones")
     save_model: bool = _option(True, "write the weights to output_dir/model at the end")
 
     def check(self) -> None:
@@ -213,6 +216,13 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     except InputError as error:
         raise InputError(f"{error} (settings of {path} and flags)") if path else error from None
     return config
+
+
+def from_values(values: dict[str, Any], where: str) -> RunConfig:
+    """Settings that were written down, as by `dataclasses.asdict`, not checked for sense, without those that this
+    release does not know.  where: names them.  Raises InputError for a wrong type."""
+    kinds = typing.get_type_hints(RunConfig)
+    return RunConfig(**{k: _convert(v, kinds[k], f'{where}: "{k}"') for k, v in values.items() if k in kinds})
 
 
 def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

@@ -32,11 +32,12 @@ from zo_finetuner.phases import phase
 from zo_finetuner.probing import make_probing
 from zo_finetuner.ranks import Ranks
 from zo_finetuner.recorder import Recorder
+from zo_finetuner.shards import local, stats_of
 from zo_finetuner.step_inputs import StepInputs
 from zo_finetuner.tangent import directional_derivative
 from zo_finetuner.update import guarded
 from zo_finetuner.window import as_window, flat, total
-from zo_kernels import NOISE_VERSION, Blocks, block_stats
+from zo_kernels import NOISE_VERSION, Blocks
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Engine:
         parameters = dict(model.named_parameters())
         self.parameters = [parameters[name] for name in self.blocks.names]
         if ranks is not None:
-            probing = ranks.probing(probing, method)
+            probing = ranks.probing(probing, method, self.blocks)
         self.probing = make_probing(probing, model, self.blocks, method)
         method.prepare(self.blocks)
         self.seed, self.weight_decay = seed, weight_decay
@@ -191,7 +192,7 @@ class Engine:
     def _require_unmoved(self) -> None:
         """`model.to(...)` or `p.data = ...` after the engine was made would leave it updating memory nobody reads."""
         for name, tensor, parameter in zip(self.blocks.names, self.blocks.tensors, self.parameters, strict=True):
-            if not tensor.is_set_to(parameter):
+            if not tensor.is_set_to(local(parameter)):
                 raise RuntimeError(f"{name} has moved since the optimizer was made: make it after model.to(...)")
 
     def _context(self, step: int | None) -> StepContext:
@@ -200,7 +201,7 @@ class Engine:
             lr=self.inputs.lr,
             eps=self.eps,
             seed=self.inputs.seeds.__getitem__,
-            block_stats=lambda: block_stats(self.blocks),
+            block_stats=lambda: stats_of(self.blocks),
         )
 
     def _losses(self, request: list[Probe] | list[Slope], loss_fn: LossFn | Given) -> Tensor:

@@ -19,7 +19,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` at once; a reader sees the old file or the new one, never half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: os.replace is atomic there
     try:
-        with unfinished.open("wb") as stream:
+        unfinished.unlink(missing_ok=True)  # of a process that was killed; a link there would be followed
+        with unfinished.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

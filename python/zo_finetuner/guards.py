@@ -91,11 +91,11 @@ class Guard:
         """sum |coef| * largest scale, the scales only where 16 bits could overflow."""
         if not terms:
             return torch.zeros_like(self.share)
-        coefs = torch.stack([coef for _, coef in terms]).abs()
-        scale = getattr(terms[0][0], "scale", None)
-        if scale is not None and self.reach < 1e30:
-            coefs = coefs * torch.stack([direction.scale.abs().amax() for direction, _ in terms])
-        return coefs.sum()
+        size = torch.stack([coef for _, coef in terms]).abs().sum()
+        scales = {getattr(direction, "scale", None) for direction, _ in terms} - {None}  # compared by identity
+        if scales and self.reach < 1e30:
+            size = size * torch.stack([scale.abs().amax() for scale in scales]).amax()
+        return size
 
     def _clip(self, update: Update) -> tuple[Update, Tensor]:
         size, clip = update.projected_grad.abs(), self.limits.clip

@@ -109,6 +109,11 @@ class ZOTrainerMixin(WholeCheckpoints):
                 if self.zo_optimizer.engine.journal is not None:
                     self.zo_optimizer.engine.journal.sync()
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.zo_optimizer.engine.journal is not None:  # it must not lack a step that the checkpoint has
+            self.zo_optimizer.engine.journal.sync()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _require_agreement(self) -> None:
         """InputError where ranks would not take the same steps.  The optimizer is made here: its method is compared."""
         method = self._zo_arguments.get("optimizer", "mezo")

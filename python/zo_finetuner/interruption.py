@@ -18,15 +18,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopAfterStep(TrainerCallback):
-    """`with StopAfterStep(how) as stop:` around a training that has it among its callbacks.  Raises Interrupted when
-    the step, an evaluation that is due and a checkpoint (saves) are finished.  how: to go on, for the message."""
+    """`with StopAfterStep(how, kept) as stop:` around a training that has it among its callbacks.  Raises Interrupted
+    when the step is finished and kept.  how: the command that goes on.  kept: "checkpoint", which is written first (and
+    an evaluation that is due is made), "journal", which has the step already, or "" for a run that keeps nothing.
+    listen: not where several processes train together, which would stop at different steps and wait for each other."""
 
-    def __init__(self, how: str, saves: bool):
-        self.how, self.saves, self.asked = how, saves, False
+    def __init__(self, how: str, kept: str, listen: bool = True):
+        self.how, self.kept, self.asked, self._listens = how, kept, False, listen
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopAfterStep:
-        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+        if self._listens and threading.current_thread() is threading.main_thread():  # Python's rule for handlers
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
@@ -44,10 +46,17 @@ class StopAfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.asked or state.global_step >= state.max_steps:  # the last step ends the run anyway
             return
-        if not self.saves:
-            raise Interrupted(f"interrupted after step {state.global_step}; nothing was saved (--no-checkpoints)")
-        control.should_save = True
+        if self.kept == "checkpoint":
+            control.should_save = True
+        elif self.kept == "journal":
+            raise self._stopped(state)
+        else:
+            raise Interrupted(f"interrupted after step {state.global_step}; nothing was kept (--no-checkpoints, "
+                              f"--no-journal)")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked and state.global_step < state.max_steps:
-            raise Interrupted(f"interrupted; step {state.global_step} is saved, go on with: {self.how}")
+            raise self._stopped(state)
+
+    def _stopped(self, state: Any) -> Interrupted:
+        return Interrupted(f"interrupted; step {state.global_step} is kept ({self.kept}), go on with: {self.how}")

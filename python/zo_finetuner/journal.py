@@ -32,7 +32,7 @@ KINDS = ("sum", "rerun")
 LIMITS = {"clip", "explosion", "max_skipped"}
 MOST_HEADER, MOST_BYTES = 64 << 20, 16 << 30  # of a header; of a file: 100,000 steps of 10,000 scales are 2 GiB
 _MOST = 1 << 20  # of anything in a record
-_PREFIX = len(MAGIC) + 8
+PREFIX = len(MAGIC) + 8  # bytes before the header's text; the last four are its length
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Header:
 
     tensors: (name, id, shape, dtype) of every block in order.  fingerprint: of the base model (`cards.fingerprint`).
     limits: of the guard (`guards.Limits`).  method: what `make_method` takes besides the model, empty for one made by
-    hand.  run: what the caller says of data and schedule.  parent: of a branch, the journal and the step that it starts
-    from."""
+    hand.  run: what the caller says of data and schedule."""
 
     kind: str
     layout: dict[str, int]
@@ -96,7 +95,6 @@ class Header:
     limits: dict[str, float] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-    parent: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """All that stands before the records.  InputError where `method` or `run` hold what is no JSON."""
@@ -188,8 +186,8 @@ def _require_whole(path: Path, body: bytes, size: int, good: list[bool], start: 
 
 
 def _read_header(path: Path, stream: Any) -> Header:
-    prefix = stream.read(_PREFIX)
-    if prefix[: len(MAGIC)] != MAGIC or len(prefix) < _PREFIX:
+    prefix = stream.read(PREFIX)
+    if prefix[: len(MAGIC)] != MAGIC or len(prefix) < PREFIX:
         raise InputError(f"{path}: is not a journal of zo-finetuner (it begins with {prefix[:8]!a})")
     version, length = (int.from_bytes(prefix[at : at + 4], "little") for at in (len(MAGIC), len(MAGIC) + 4))
     if version != FORMAT_VERSION:

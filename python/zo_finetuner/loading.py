@@ -15,11 +15,12 @@ from torch import nn
 from zo_finetuner.adapters import Adapter, adapter_base, add_adapter, load_adapter
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.quantised import quantisation
-from zo_finetuner.reading import is_plain, read_object, shown
+from zo_finetuner.reading import is_plain, read_object, require_file, shown
 from zo_finetuner.tensor_files import read_header
 
 INTEGER_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 MOST_CONFIG = 16 << 20  # bytes of config.json
+MOST_OTHER = 512 << 20  # bytes of any other file that is no weights; Gemma's tokenizer has 33 MB
 MOST_LAYERS = 1024  # of a model, and experts of a layer; Llama 405B has 126
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,9 +35,11 @@ def load_model(
     quantize: str | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model in eval mode, tokenizer) on the GPU, else the CPU.  source: a local folder in Hugging Face format, or a
-    Hub id; or a folder with a saved adapter, which is put onto its base and may be trained on.
+    """(model in eval mode, tokenizer) on the device, by default the GPU, else the CPU.  source: a local folder in
+    Hugging Face format, or a Hub id; or a folder with a saved adapter, which is put onto its base and may be trained
+    on.
 
     dtype: "auto" keeps the checkpoint's.  random_weights: see `random_model`; the folder needs a config and a tokenizer
     only.  quantize: one of `quantised.QUANTISATIONS`, for the base.  adapter, seed: see `adapters.add_adapter`; the
@@ -56,7 +59,9 @@ def load_model(
         return load_adapter(model, source).to(model.device).eval(), tokenizer
     if _is_local(source):
         check_folder(Path(source), weights=not random_weights, integers=adapter is not None)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device is None:
+        gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -161,6 +166,9 @@ def check_folder(folder: Path, weights: bool = True, integers: bool = False) -> 
     _check_config(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"model {folder}: no tokenizer (tokenizer.json); copy the base model's into the folder")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):  # read by transformers, some of them whole
+            require_file(path, MOST_OTHER)
     if not weights:
         return
     files = _weight_files(folder)

@@ -25,6 +25,8 @@ from zo_finetuner.lowrank import LowRankProbing
 from zo_finetuner.optim.base import Method
 from zo_finetuner.paired import PairedProbing
 from zo_finetuner.scratch import ScratchProbing
+from zo_finetuner.sharded_probing import make_sharded_probing
+from zo_finetuner.shards import ShardBlocks
 from zo_finetuner.slices import slicing
 from zo_kernels import Blocks
 
@@ -51,6 +53,8 @@ def make_probing(
     method = Method() if method is None else method
     require_goes(mode, method)
     slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
+    if isinstance(blocks, ShardBlocks):
+        return make_sharded_probing(mode, model, blocks, method)
     if method.low_rank:
         return LowRankProbing(model, blocks)
     if mode == "auto":

@@ -26,6 +26,7 @@ from torch import Tensor
 from zo_finetuner.errors import InputError, RunStopped
 from zo_finetuner.optim.base import Method, Probe, Slope
 from zo_finetuner.replicas import combined, fingerprints, first_difference
+from zo_finetuner.shards import ShardBlocks
 from zo_finetuner.window import flat, pairs, total
 from zo_kernels import Blocks
 
@@ -95,14 +96,15 @@ class Ranks:
         self.probes, self.data, self.check_every = probes, self.size // probes, check_every
         self.data_rank, self.probe_rank = divmod(self.rank, probes)
         self.sent = self.received = self.steps = 0
-        self.sharded = False
 
-    def probing(self, mode: str, method: Method) -> str:
+    def probing(self, mode: str, method: Method, blocks: Blocks) -> str:
         """The mode of probing for ranks that share a method's probes: one that never writes a weight, since in place
         the way from probe to probe is in the last bits of a replica.  InputError for a method that has not a probe for
         every probe rank."""
         if self.probes == 1:
             return mode
+        if isinstance(blocks, ShardBlocks):
+            raise InputError("several probe ranks do not go with sharded weights, whose forward all ranks share")
         forwards = method.forwards // 2 if method.slopes else method.forwards
         if forwards < self.probes:
             raise InputError(f"{self.probes} probe ranks, but a step of {method.name} has {forwards} forwards")
@@ -154,7 +156,7 @@ class Ranks:
         weights hold differently.  Waits for the device."""
         self.steps = step + 1
         due = self.check_every and (step == 1 or step and step % self.check_every == 0)
-        if not due or self.sharded:
+        if not due or isinstance(blocks, ShardBlocks):
             return
         mine = fingerprints(blocks)
         if len(set(self.gather(combined(mine)).tolist())) > 1:

@@ -64,9 +64,10 @@ def require_file(path: Path, most: int | None = None) -> int:
 
 def read_bytes(path: Path, most: int) -> bytes:
     with open_file(path, most) as stream:
-        data = stream.read(most + 1)
-    if len(data) > most:  # it grew, or lies about its size as files of /proc do
-        raise InputError(f"{path}: has more than {most:,} bytes, which is all that is read")
+        size = os.fstat(stream.fileno()).st_size
+        data = stream.read(size + 1)  # takes the memory at once, so not `most`
+    if len(data) > size:  # files of /proc have no size
+        raise InputError(f"{path}: grows while it is read; give a file that is finished")
     return data
 
 

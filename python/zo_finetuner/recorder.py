@@ -81,6 +81,10 @@ class Recorder:
             self._write(engine.step_count, flags, self._row.bytes)
         self._merges = getattr(engine.probing, "merges", 0)
 
+    def goes_on(self, engine: Any) -> None:
+        """An engine was brought to the step where this journal ends: merges from now on belong to the next step."""
+        self._merges = getattr(engine.probing, "merges", 0)
+
     def sync(self) -> None:
         """Every step so far on the disk: waits for the device, and for the disk."""
         self._write_arrived(0)

@@ -22,7 +22,7 @@ from zo_finetuner.cards import fingerprint, same_shapes
 from zo_finetuner.engine import Engine, Given
 from zo_finetuner.errors import InputError, UnstableRun
 from zo_finetuner.guards import Limits
-from zo_finetuner.journal import FLUSHED, Header, Journal
+from zo_finetuner.journal import FLUSHED, Header, Journal, read_journal
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.create import make_method
 from zo_finetuner.recorder import here
@@ -73,6 +73,14 @@ def engine_of(model: nn.Module, journal: Journal, method: Method | None = None) 
                     limits=Limits(**header.limits), probing="auto" if method.low_rank else header.probing)  # fmt: skip
     engine.step_count = header.first_step
     return engine
+
+
+def branch_off(model: nn.Module, place: str) -> int:
+    """Take a run's base to a place of its journal, "JOURNAL:STEP"; returns the step.  Raises InputError."""
+    path, _, step = place.rpartition(":")
+    if not path or not step.isdecimal():
+        raise InputError(f"branch {place}: give JOURNAL:STEP, such as run/journal.zoj:1000")
+    return replay(model, read_journal(path), int(step))
 
 
 @torch.no_grad()

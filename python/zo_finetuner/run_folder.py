@@ -14,16 +14,16 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zo_finetuner.checkpoints import checkpoints, is_whole
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder
+from zo_finetuner.reading import shown
+from zo_finetuner.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.zoj"
-OWN_FILES = ("config.yaml", "result.json", "before.json", "log.jsonl", "curve.png", JOURNAL)
+JOURNAL, LOG = "journal.zoj", "log.jsonl"
+OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", JOURNAL, LOG)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs",
         "probe_ranks"}
@@ -57,10 +57,16 @@ class RunFolder:
             self._lock = None
 
     def open(self) -> None:
-        """Make it, lock it, and take away what --overwrite is meant for."""
+        """Make it, lock it, and take away what a killed run left unfinished, and what --overwrite is meant for."""
         make_folder(self.path)
         if self._lock is None:
             self._check()
+        for name in OWN_FILES:
+            for path in self.path.glob(f".{name}.*.tmp"):
+                path.unlink()
+        for name in (".model", ".checkpoint-*"):
+            for path in (*self.path.glob(f"{name}.unfinished"), *self.path.glob(f"{name}.old")):
+                shutil.rmtree(path, ignore_errors=True)
         if self.overwrite and not self.resume:
             self._clear()
 
@@ -70,7 +76,7 @@ class RunFolder:
         if not self.path.exists():
             return
         self._take_lock()
-        held = any((self.path / name).exists() for name in ("config.yaml", "result.json"))
+        held = any((self.path / name).exists() for name in ("config.yaml", "result.json", JOURNAL))
         if (held or checkpoints(self.path)) and not (self.resume or self.overwrite):
             raise InputError(f"output_dir {self.path}: holds a run; choose another, or give --resume or --overwrite")
 
@@ -117,15 +123,12 @@ class RunFolder:
         fewer steps are the same run where the schedule does not depend on them."""
         if not self.resume:
             return
-        try:
-            saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        if not (self.path / "config.yaml").exists():
             return  # it never came to write them, or they are lost: the checkpoint's own checks are left
-        if not isinstance(saved, dict):
-            return
+        saved = read_yaml(self.path / "config.yaml")
         free = FREE | ({"steps"} if settings["lr_scheduler"] == "constant" else set())
         other = [name for name, value in settings.items() if name not in free and saved.get(name, value) != value]
         if other:
-            there = ", ".join(f"{name} {saved[name]} (not {settings[name]})" for name in other)
+            there = ", ".join(f"{name} {shown(saved[name])} (not {settings[name]})" for name in other)
             raise InputError(f"output_dir {self.path}: its run has {there}; resume it as it began: "
                              f"zo train --config {self.path / 'config.yaml'} --resume")

@@ -53,9 +53,14 @@ class ScratchProbing:
 
     def measure(self) -> None:
         """Set the rounding thresholds from the weights as they are now (one read of them)."""
-        largest = [torch.linalg.vector_norm(t, float("inf")).float() for t in self.blocks.tensors]
-        spacing = [ulp(x, t.dtype) for x, t in zip(largest, self.blocks.tensors, strict=True)]
+        spacing = [ulp(x, t.dtype) for x, t in zip(self._largest(), self.blocks.tensors, strict=True)]
         self._nearest_above.copy_(torch.stack(spacing))
+
+    def _largest(self) -> Tensor:
+        """(blocks,) fp32: of every block the largest weight, its absolute value."""
+        zero = torch.zeros((), dtype=torch.float32, device=self.blocks.device)
+        norms = (torch.linalg.vector_norm(t, float("inf")).float() if t.numel() else zero for t in self.blocks.tensors)
+        return torch.stack([*norms])
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
@@ -138,6 +143,7 @@ class ScratchProbing:
             rows=rows,
             dist=move.dist,
             form=move.form_of(block, theta),
+            offset=self.blocks.offsets[block],
         )
 
     def _swap_out(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -171,7 +177,7 @@ class ScratchProbing:
             theta = self.blocks.tensors[b].reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
-            meant = probe.stacked.displacement(theta, self.blocks.ids[b], b).double()
+            meant = probe.stacked.displacement(theta, self.blocks.ids[b], b, self.blocks.offsets[b]).double()
             shares.append(((out.double() - theta.double()) * meant).sum() / (meant * meant).sum())
         return torch.stack(shares).float()
 

@@ -8,7 +8,6 @@ of all result.json.  A run that is interrupted, killed or out of disk space goes
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -30,15 +29,20 @@ from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import Method, make_method
+from zo_finetuner.positions import Position, ResumesFromJournal, best_of, take_best, why_not
 from zo_finetuner.probing import require_goes
 from zo_finetuner.progress import LogFile, Progress
 from zo_finetuner.ranks import Ranks, divided, joined, leads
+from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
-from zo_finetuner.run_folder import JOURNAL, RunFolder
+from zo_finetuner.replay import branch_off
+from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
+AGAIN = "remove the file, and it is measured again"
 
-class TaskTrainer(ZOTrainerMixin, Trainer):
+
+class TaskTrainer(ResumesFromJournal, ZOTrainerMixin, Trainer):
     """Evaluates dev rows as the workload does: eval_loss is what is minimised, eval_<metric> its metric."""
 
     def __init__(self, *args: Any, work: Workload, tokenizer: Any, **kwargs: Any):
@@ -70,18 +74,12 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) -> dict[str, Any]:
     """shape: rows in a micro-batch and micro-batches in a window, of this process; folder: None unless it leads."""
-    out, checkpoint = Path(config.output_dir), None
+    out = Path(config.output_dir)
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
-        checkpoint = folder.last_checkpoint()
-    checkpoint = exchange(checkpoint)[0]
     work = make_workload(config)
     require_fits(config)
-    set_seed(config.seed)  # LoRA's initial values
-    model, tokenizer = load_model(
-        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
-        adapter=config.make_adapter(), seed=config.seed,
-    )
+    model, tokenizer = load_base(config)
     graphs = use_graphs(config.graphs, model) and not joined()
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
@@ -94,16 +92,21 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
 
     settings = {"settings of the run": digest(dataclasses.asdict(config))}
     require_same(settings | model_facts(model) | {"training data": data_facts(splits["train"])}, method)
+    journalled, position, checkpoint = not why_not(config, model), None, None
+    if not journalled:
+        checkpoint = exchange(folder.last_checkpoint() if folder is not None else None)[0]
+    elif config.resume:
+        position = Position.of(out / JOURNAL, out / LOG, config.steps, evaluates_every(config))
     if folder is not None:
         folder.open()
-        if checkpoint is None:
+        if checkpoint is None and position is None:
             (out / JOURNAL).unlink(missing_ok=True)
         write_text(out / "config.yaml", config.to_yaml())
         print(config.to_yaml(), end="", flush=True)
 
     size = config.eval_batch_size
     measure = partial(work.evaluate, model, splits["test"], tokenizer, size, progress=leads())
-    before = exchange(_saved_before(out) if checkpoint else None)[0]
+    before = exchange(_saved_before(out, work.metric) if checkpoint or position else None)[0]
     if before is None:
         _peak_bytes()
         before = measure() | {"peak_bytes": _peak_bytes()}
@@ -113,10 +116,18 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
 
     trainer = _trainer(config, shape, out, model, tokenizer, work, splits, method, graphs)
     started = time.perf_counter()
-    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", config.checkpoints) as stop:
+    kept = "journal" if journalled else "checkpoint" if config.checkpoints else ""
+    with StopAfterStep(f"zo train --config {out / 'config.yaml'} --resume", kept, not joined()) as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if position is None:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:
+            trainer.resume(position)
     seconds, training = time.perf_counter() - started, _peak_bytes()
+    history = trainer.state.log_history
+    if journalled and config.checkpoints:
+        take_best(model, out / JOURNAL, history, partial(begin_again, config))
+    best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
 
@@ -132,7 +143,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         "eval_metric_after": after[work.metric],
         "eval_rows": after["n"],
         "prior_loss": work.prior_loss(),
-        "best_step": _best_step(trainer),
+        "best_step": best and best["step"],
         "best_dev_loss": trainer.state.best_metric,
         "skipped_steps": int(engine.skipped),
         "peak_bytes": {"evaluation": before.get("peak_bytes"), "training": training},
@@ -149,16 +160,39 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         with whole_folder(out / "model") as saved:
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(str(saved))
-    draw_curves(out / "curve.png", {config.optimizer: trainer.state.log_history}, f"{work.name}, dev rows")
+    draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
     return result
+
+
+def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as the run begins with them.  Raises InputError."""
+    set_seed(config.seed)  # LoRA's initial values
+    model, tokenizer = load_model(
+        config.model, config.dtype, random_weights=config.random_weights, quantize=config.quantize,
+        adapter=config.make_adapter(), seed=config.seed,
+    )
+    if config.branch:
+        branch_off(model, config.branch)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def begin_again(config: RunConfig, model: nn.Module) -> None:
+    """Give a model without adapters the weights of `load_base` again, in place; a second one is on the host only."""
+    base, _ = load_model(config.model, config.dtype, device=torch.device("cpu"))
+    for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
+        own.copy_(first)
+    if config.branch:
+        branch_off(model, config.branch)
 
 
 def _trainer(
     config: RunConfig, shape: tuple[int, int], out: Path, model: nn.Module, tokenizer: Any, work: Workload,
     splits: dict[str, list[Encoded]], method: Method, graphs: bool,
 ) -> TaskTrainer:
-    every = config.eval_steps or max(1, config.steps // 5)
+    every = evaluates_every(config)
+    checkpoints = config.checkpoints and bool(why_not(config, model))
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
@@ -171,10 +205,10 @@ def _trainer(
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps" if config.checkpoints else "no",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=every,
         save_total_limit=1,
-        load_best_model_at_end=config.checkpoints,
+        load_best_model_at_end=checkpoints,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=config.logging_steps,
@@ -202,10 +236,14 @@ def _trainer(
             if config.journal and leads() else None,
         },  # fmt: skip
         objective=work.objective(tokenizer),
-        callbacks=[LogFile(out / "log.jsonl"), Progress()],
+        callbacks=[LogFile(out / LOG), Progress()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def evaluates_every(config: RunConfig) -> int:
+    return config.eval_steps or max(1, config.steps // 5)
 
 
 def use_graphs(choice: str, model: nn.Module) -> bool:
@@ -217,11 +255,15 @@ def use_graphs(choice: str, model: nn.Module) -> bool:
     return can and choice != "never"
 
 
-def _saved_before(out: Path) -> dict[str, float] | None:
-    try:
-        return json.loads((out / "before.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _saved_before(out: Path, metric: str) -> dict[str, float] | None:
+    path = out / "before.json"
+    if not path.exists():
         return None
+    values = read_object(path, AGAIN, finite=False)
+    for name in ("loss", metric, "n"):
+        if type(values.get(name)) not in (int, float):
+            raise InputError(f'{path}: "{name}" is {shown(values.get(name))}, not a number; {AGAIN}')
+    return values
 
 
 def _peak_bytes() -> int | None:
@@ -231,11 +273,6 @@ def _peak_bytes() -> int | None:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return peak
-
-
-def _best_step(trainer: Trainer) -> int | None:
-    path = trainer.state.best_model_checkpoint
-    return int(path.rsplit("-", 1)[1]) if path else None
 
 
 def _say(when: str, values: dict[str, float], metric: str) -> None:

@@ -71,9 +71,9 @@ def _write_back(blocks: Blocks, contiguous: list[Tensor]) -> None:
                 tensor.copy_(written)
 
 
-def _block(theta: Tensor, tensor_id: int) -> _C.Block:
+def _block(theta: Tensor, tensor_id: int, offset: int = 0) -> _C.Block:
     _require_cpu(theta.device)
-    return _C.Block(theta.data_ptr(), theta.numel(), 0, tensor_id, _DTYPE[theta.dtype])
+    return _C.Block(theta.data_ptr(), theta.numel(), offset, tensor_id, _DTYPE[theta.dtype])
 
 
 def _forms(form: Form | None) -> _C.Forms | None:
@@ -221,8 +221,9 @@ def scratch(
     dist: str,
     stats: BlockStats | None,
     form: Form | None = None,
+    offset: int = 0,
 ) -> None:
-    block, kind, threads = _block(theta, tensor_id), _DIST[dist], torch.get_num_threads()
+    block, kind, threads = _block(theta, tensor_id, offset), _DIST[dist], torch.get_num_threads()
     probe = _probe(out, mirror, seeds, coefs, scale, nearest_above, form)
     if rows is None:
         _C.scratch(block, probe, kind, _stats(stats), threads)

@@ -212,9 +212,10 @@ def scratch(
     dist: str,
     stats: BlockStats | None,
     form: Form | None = None,
+    offset: int = 0,
 ) -> None:
     if rows is None:
-        elements = torch.arange(theta.numel(), dtype=torch.int64, device=theta.device).view(theta.shape)
+        elements = torch.arange(theta.numel(), dtype=torch.int64, device=theta.device).view(theta.shape) + offset
     else:
         width = theta[0].numel()
         columns = torch.arange(width, dtype=torch.int64, device=theta.device)

@@ -186,6 +186,7 @@ def _scratch(
     probe: tuple,
     dist: str,
     stats: BlockStats | None,
+    offset: int = 0,
 ) -> None:
     """update: seeds or None, coefs, scale, decay, rounding seed; probe: seeds, coefs, scale, nearest_above, form."""
     seeds, coefs, scale, decay, rounding_seed = update
@@ -194,12 +195,12 @@ def _scratch(
     if theta.dtype == torch.float32:
         rounding_seed = nearest_above = None
     tensors = (theta, out, mirror, state)
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors if tensor is not None)
+    aligned = offset % 128 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors if tensor is not None)
     if not out.numel():
         width = repeats = pieces = 0
     elif rows is None:
         width, repeats = theta.numel(), 1
-        pieces = -(-width // SPAN)
+        pieces = -(-(offset + width) // SPAN) - offset // SPAN
     else:
         width, repeats = theta[0].numel(), rows.shape[0]
         aligned = aligned and width % 128 == 0
@@ -216,6 +217,7 @@ def _scratch(
                 mirror,
                 rows,
                 width,
+                offset,
                 pieces,
                 tensor_id,
                 seeds,
@@ -258,9 +260,10 @@ def scratch(
     dist: str,
     stats: BlockStats | None,
     form: Form | None = None,
+    offset: int = 0,
 ) -> None:
     probe = (seeds, coefs, scale, nearest_above, form)
-    _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats)
+    _scratch(theta, out, mirror, rows, tensor_id, (None,) * 5, probe, dist, stats, offset)
 
 
 def update_scratch_(

@@ -1,8 +1,9 @@
 """out = round(theta + sum_k step_k * z'_k) and mirror = round(theta - sum_k step_k * z'_k), theta only read; or theta
 updated first, and out and mirror made of what is stored.  One launch per tensor, or for some of its rows.
 
-Without rows the tensor counts as one row.  A row is walked in pieces that are cut at multiples of SPAN in the
-tensor's element index.  Bytes moved per element of a 16-bit tensor: 4; 2 more with a mirror, 2 more with an update.
+Without rows the tensor, or a shard that begins at `offset`, counts as one row.  A row is walked in pieces that are cut
+at multiples of SPAN in the tensor's element index.  Bytes moved per element of a 16-bit tensor: 4; 2 more with a
+mirror, 2 more with an update.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from zo_kernels.triton_kernels.rounding import nearest, stochastic, widen
 from zo_kernels.triton_kernels.span import walk
 from zo_kernels.triton_kernels.statistics import add, close_sums, open_sums
 
-_RUNTIME = ["theta", "out", "mirror", "rows", "width", "pieces", "tensor_id", "seeds", "coefs", "scale", "scale_stride",
-            "count", "decay", "rounding_seed", "probe_seeds", "probe_coefs", "probe_scale", "probe_stride",
-            "probe_count", "nearest_above", "state", "value", "partial"]  # fmt: skip
+_RUNTIME = ["theta", "out", "mirror", "rows", "width", "offset", "pieces", "tensor_id", "seeds", "coefs", "scale",
+            "scale_stride", "count", "decay", "rounding_seed", "probe_seeds", "probe_coefs", "probe_scale",
+            "probe_stride", "probe_count", "nearest_above", "state", "value", "partial"]  # fmt: skip
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def scratch_kernel(
     mirror,  # like out, or None
     rows,  # int64 (row count,) or None: one row, number 0
     width: tl.int64,  # elements in a row
+    offset: tl.int64,  # global index of theta's first element; 0 with rows
     pieces: tl.int32,  # programs per row
     tensor_id: tl.int64,
     seeds,  # int64 (count,) or None: no update
@@ -110,16 +112,16 @@ def scratch_kernel(
 ):
     program = tl.program_id(0)
     i = (program // pieces).to(tl.int64)
-    begin = i * 0 if rows is None else tl.load(rows + i) * width
+    begin = offset if rows is None else tl.load(rows + i) * width
     piece = begin // SPAN + program % pieces
     first = tl.maximum(piece * SPAN, begin // 128 * 128)
     # A row's last piece may be empty: they are as many as the worst-placed row needs.
     left = tl.maximum(tl.minimum((piece + 1) * SPAN, begin + width) - first, 0).to(tl.int32)
     skip = tl.maximum(begin - first, 0).to(tl.int32)
     place = i * width + (first - begin)
-    theta += first
+    theta += first - offset
     if state is not None:
-        state += first
+        state += first - offset
     out += place
     if mirror is not None:
         mirror += place

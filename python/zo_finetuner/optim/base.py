@@ -115,6 +115,7 @@ class Method(Part):
     slopes: it asks for derivatives (`Slope`) and not for probes; each counts as two forwards.
 
     scratch_only: why its probes cannot be made in place, "" where they can.
+    whole_only: why it cannot work on pieces of tensors (`shards.py`), "" where it can.
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     factor_bytes: of its subspace and of what is collected in it, at the most.
     uniform: every step asks for the same probes (a captured step may stand for all).
@@ -127,6 +128,7 @@ class Method(Part):
     directions = 1
     slopes = False
     scratch_only = ""
+    whole_only = ""
     low_rank = False
     factor_bytes = 0
     uniform = True

@@ -48,7 +48,7 @@ class Bayesian(Estimator):
         return 1 + (self.samples if self.compat == "intended" else self.probes)
 
     def start(self, blocks: Blocks) -> None:
-        self._prior = torch.full((), sum(blocks.numels) / 1e6, dtype=torch.float32, device=blocks.device)
+        self._prior = torch.full((), sum(blocks.whole) / 1e6, dtype=torch.float32, device=blocks.device)
         self.memory["noise"] = self._prior.clone()
 
     def ask(self, directions: list[Direction], context: StepContext) -> list[Probe]:

@@ -96,6 +96,10 @@ class Composed(Directed):
     def scratch_only(self) -> str:
         return self.subset.scratch_only
 
+    @property
+    def whole_only(self) -> str:
+        return "dual numbers stand in for whole tensors" if self.slopes else self.subset.whole_only
+
     def ask(self, context: StepContext) -> list[Probe] | list[Slope]:
         return self.estimator.ask(self.draw(context, self.subset.form), context)
 

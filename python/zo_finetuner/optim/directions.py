@@ -109,12 +109,13 @@ class Stacked:
         own = self.form.of(block)
         return own._replace(state=own.state.view(-1)[: theta.numel()].view(theta.shape))
 
-    def displacement(self, theta: Tensor, tensor_id: int, block: int) -> Tensor:
-        """What it adds to theta (a block, or its leading elements): fp32, to the rounding of an fp32 theta."""
+    def displacement(self, theta: Tensor, tensor_id: int, block: int, offset: int = 0) -> Tensor:
+        """What it adds to theta (a block, or its leading elements; offset: global index of the first): fp32, to the
+        rounding of an fp32 theta."""
         theta = theta.float()
         out = torch.empty_like(theta)
         scratch(theta, out, tensor_id, self.seeds, self.coefs, self.scale_of(block), dist=self.dist,
-                form=self.form_of(block, theta))  # fmt: skip
+                form=self.form_of(block, theta), offset=offset)  # fmt: skip
         return out - theta
 
 

@@ -41,6 +41,7 @@ class DiZO(Composed):
     tau: float = 0.2
     reach: float = 0.1
 
+    whole_only = "it measures how far whole tensors have gone"
     scratch_only = "a projection's probe cannot be undone exactly"
     uniform = False
 

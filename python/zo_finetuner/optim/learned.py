@@ -65,7 +65,7 @@ def constant_scales(
 def share_of(model: nn.Module, blocks: Blocks, batch_size: int) -> Tensor:
     """c_b of the normaliser for this model, (blocks,) fp64."""
     hidden = model.config.get_text_config().hidden_size
-    return budget(blocks.names, blocks.numels, hidden_size=hidden, batch_size=batch_size, device=blocks.device)
+    return budget(blocks.names, blocks.whole, hidden_size=hidden, batch_size=batch_size, device=blocks.device)
 
 
 def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -85,7 +85,7 @@ def _load(pertnn: Scales, model: nn.Module, transfer: bool) -> PertNN | ScaleNet
         base = f"{nets.source} ({card.base_model})" if card is not None and card.base_model else nets.source
         logger.warning("transfer: all %d blocks take what the nearest of the %d of %s has: a guess until it is tried",
                        len(blocks), len(nets.names), base)  # fmt: skip
-        return transferred(nets, blocks.names, blocks.numels)
+        return transferred(nets, blocks.names, blocks.whole)
     if card is not None:
         _require_match(card, model, pertnn)
     return nets

@@ -54,6 +54,7 @@ class LowRank(Composed):
     limit: int = 0
 
     low_rank = True
+    whole_only = "its factors are of whole matrices"
 
     def __post_init__(self) -> None:
         super().__post_init__()

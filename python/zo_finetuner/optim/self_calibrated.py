@@ -117,5 +117,5 @@ def calibrated_scales(model: nn.Module, batch_size: int, power: float = 0.5) -> 
     def summed(values: Tensor) -> Tensor:
         return torch.zeros(len(labels), dtype=torch.float64, device=blocks.device).index_add(0, groups, values)
 
-    numels = torch.tensor(blocks.numels, dtype=torch.float64, device=blocks.device)
+    numels = torch.tensor(blocks.whole, dtype=torch.float64, device=blocks.device)
     return Calibrated(groups, summed(numels), summed(share_of(model, blocks, batch_size)), power)

@@ -28,6 +28,7 @@ class Everything(Part):
     """All weights take part."""
 
     scratch_only = ""
+    whole_only = ""
 
     @property
     def form(self) -> Form | None:
@@ -39,6 +40,7 @@ class Small(Everything):
     """sparsity: share of each matrix's weights that stay."""
 
     sparsity: float = 0.75
+    whole_only = "the limit of small weights is a quantile of a whole tensor"
     scratch_only = "the mask of small weights would be read from weights that the probe has moved"
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,9 +108,9 @@ def _read_csv(path: Path) -> Iterator[Located]:
             place = f"{path}:{reader.line_num}"
             if header is None:
                 header = fields
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise InputError(f'{place}: column "{shown(twice[0])}" stands twice in the header')
+                if len(set(header)) < len(header):
+                    twice = Counter(header).most_common(1)[0][0]
+                    raise InputError(f'{place}: column "{shown(twice)}" stands twice in the header')
             elif fields:
                 if len(fields) != len(header):
                     raise InputError(f"{place}: has {len(fields)} fields, the header has {len(header)}; quote texts "
@@ -125,12 +126,22 @@ def _read_parquet(path: Path) -> Iterator[Located]:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs `pip install datasets`, which brings pyarrow") from None
+    number = size = 0
     try:
-        rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                for column in batch.columns:  # a value that rows share is stored once, and each row is given its own
+                    shared = isinstance(column, pyarrow.DictionaryArray)
+                    size += (column.dictionary_decode() if shared else column).nbytes
+                if size > MOST_DATA:
+                    raise InputError(f"{path}: unpacks to more than {MOST_DATA:,} bytes, which is all that is read")
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number} (from 0)", row
+                    number += 1
+    except InputError:
+        raise
     except Exception as error:  # a dozen types come from there
         raise InputError(f"{path}: is no Parquet file that can be read ({_reason(error)})") from None
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number} (from 0)", row
 
 
 READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
