@@ -322,6 +322,15 @@ def test_zo_train_and_zo_eval_of_its_adapter(base, tmp_path, kind, capsys):
     assert values["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["dora", "prompt"])
+def test_zo_replay_makes_the_adapter_again(base, tmp_path, kind):
+    assert train(base, tmp_path / "out", "--adapter", kind, "--no-checkpoints") == 0
+    replayed, journal = tmp_path / "replayed", tmp_path / "out" / "journal.zoj"
+    assert main(["replay", str(base / "model"), str(journal), "--out", str(replayed)]) == 0
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "out" / "model", replayed)]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_run_is_resumed_bit_equal(tmp_path, kind):
     def run(folder, steps, resume=None):

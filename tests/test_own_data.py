@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -240,3 +241,11 @@ def test_sizes_that_do_not_fit(tmp_path):
     refused('--columns text2=...: no such column .did you mean "text"', path, columns={"text2": "a"})
     with pytest.warns(UserWarning, match="8 rows are left to train on, 9 were asked for"):
         load_own(path, num_train=9)
+
+
+def test_examples_of_the_documentation_are_recognised():
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    rows = [json.loads(line) for line in text.split("```json\n")[1].split("```")[0].splitlines()]
+    assert [str(recognised(row)) for row in rows] == [
+        "text", "prompt-completion", "conversational prompt-completion", "messages", "prompt",
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from zo_kernels.low_rank import add_product
 from zo_kernels.noise import LOW_RANK, MASK, NOISE_VERSION, ROUNDING_PROBE, canonical_name, derive_seed, tensor_ids
 from zo_kernels.ops import block_stats, dot_noise, perturb_, scratch, seed_tensor, update_, update_scratch_, words
 from zo_kernels.ops import noise as draw_noise
+from zo_kernels.parts import parts_of
 from zo_kernels.replay import replay_
 from zo_kernels.rounding import ulp
 from zo_kernels.rules import RULES
@@ -34,6 +35,7 @@ __all__ = [
     "derive_seed",
     "dot_noise",
     "draw_noise",
+    "parts_of",
     "perturb_",
     "replay_",
     "scratch",

@@ -32,16 +32,17 @@ class BlockStats(NamedTuple):
 
 
 class Blocks:
-    """An ordered list of named floating tensors on one device.
+    """An ordered list of named floating tensors; where they lie on several devices (`parts`), ops take their scalars on
+    the first one's.
 
     named: (name, tensor) pairs; the tensors are held, not copied, and written in place by the ops.
     ids: name -> tensor id (uint32), e.g. read from a journal; computed from the names when not given.
     offsets: per block, the global index of the tensor's first element (a shard of a larger tensor); default 0.
     whole: per block, how many elements that larger tensor has; default those of the tensor.
 
-    Raises ValueError naming the tensor: not floating (int8 bases train adapters instead), another device,
-    listed twice, sharing its memory with another block (tie them to one name first), an expanded view, or without
-    its storage.  Every op checks again (`refresh`) when a tensor has moved since.
+    Raises ValueError naming the tensor: not floating (int8 bases train adapters instead), on meta among others, listed
+    twice, sharing its memory with another block (tie them to one name first), an expanded view, or without its storage.
+    Every op checks again (`refresh`) when a tensor has moved since.
     """
 
     def __init__(
@@ -84,22 +85,23 @@ class Blocks:
         if len(set(self.names)) != len(self.names):
             twice = next(n for n in self.names if self.names.count(n) > 1)
             raise ValueError(f"block {twice!r} is listed twice")
-        spans = []
+        spans: dict[torch.device, list[tuple[int, int, str]]] = {}
         for name, tensor, numel in zip(self.names, self.tensors, self.numels, strict=True):
             if tensor.dtype not in DTYPES:
                 raise ValueError(
                     f"{name} is {str(tensor.dtype).removeprefix('torch.')}: zeroth-order steps need a float32, "
                     f"bfloat16 or float16 tensor; freeze it, or train an adapter"
                 )
-            if tensor.device != self.tensors[0].device:
+            if tensor.is_meta != self.tensors[0].is_meta:
                 raise ValueError(f"{name} is on {tensor.device}, {self.names[0]} on {self.tensors[0].device}")
             if tensor.numel() != numel:
                 raise ValueError(f"{name} has {tensor.numel()} elements now, {numel} when it was listed: list it again")
             if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise ValueError(f"{name} repeats its elements (an expanded view): pass the tensor that it expands")
             if tensor.numel() and tensor.device.type != "meta":
-                spans.append((*_memory_span(tensor, name), name))
-        require_apart(spans, ": pass a tied tensor once, under one name")
+                spans.setdefault(tensor.device, []).append((*_memory_span(tensor, name), name))
+        for of_device in spans.values():
+            require_apart(of_device, ": pass a tied tensor once, under one name")
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +109,11 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+
+def place_of(tensor: Tensor) -> object:
+    """What tensors of one call have in common."""
+    return tensor.device
 
 
 def _memory_span(tensor: Tensor, name: str) -> tuple[int, int]:

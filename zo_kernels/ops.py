@@ -38,6 +38,7 @@ from zo_kernels.blocks import Blocks, BlockStats
 from zo_kernels.dispatch import backend
 from zo_kernels.forms import Form
 from zo_kernels.noise import DIRECTION, LOW_RANK, MASK
+from zo_kernels.parts import joined, parts_of
 
 
 def seed_tensor(seeds: int | Iterable[int], device: torch.device | str = "cpu") -> Tensor:
@@ -99,6 +100,14 @@ def update_(
     require_optional({"decay": decay}, torch.float32, blocks.device)
     require_optional({"rounding_seed": rounding_seed}, torch.int64, blocks.device)
     require_form(form, blocks)
+    parts = parts_of(blocks)
+    if parts:
+        made = [
+            update_(part.blocks, part.sent(seeds), part.sent(coefs), part.chosen(scale), decay=part.sent(decay),
+                    rounding_seed=part.sent(rounding_seed), dist=dist, stats=stats, form=part.formed(form))
+            for part in parts
+        ]  # fmt: skip
+        return joined(parts, made, blocks.device) if stats else None
     result = BlockStats.empty(len(blocks), blocks.device) if stats else None
     backend(blocks.device.type).axpy_(blocks, seeds, coefs, scale, decay, rounding_seed, dist, result, form)
     return result
@@ -200,6 +209,13 @@ def dot_noise(
     products in fp32, summed across chunks in fp64, in a fixed order.  stats: also the statistics of x."""
     blocks.refresh()
     require_directions(seeds, None, None, (len(blocks),), blocks.device, dist)
+    parts = parts_of(blocks)
+    if parts:
+        made = [dot_noise(part.blocks, part.sent(seeds), dist=dist, stats=True) for part in parts]
+        out = torch.empty((seeds.shape[0], len(blocks)), dtype=torch.float32, device=blocks.device)
+        for part, (dots, _) in zip(parts, made, strict=True):
+            out[:, part.index] = dots.to(blocks.device)
+        return (out, joined(parts, [own for _, own in made], blocks.device)) if stats else out
     out = torch.empty((seeds.shape[0], len(blocks)), dtype=torch.float32, device=blocks.device)
     result = BlockStats.empty(len(blocks), blocks.device) if stats else None
     backend(blocks.device.type).dot_noise(blocks, seeds, out, dist, result)
@@ -210,6 +226,9 @@ def dot_noise(
 def block_stats(blocks: Blocks) -> BlockStats:
     """Mean, unbiased variance, norm and non-finite count of every block, in one read; deterministic."""
     blocks.refresh()
+    parts = parts_of(blocks)
+    if parts:
+        return joined(parts, [block_stats(part.blocks) for part in parts], blocks.device)
     stats = BlockStats.empty(len(blocks), blocks.device)
     backend(blocks.device.type, "block_stats").block_stats(blocks, stats)
     return stats

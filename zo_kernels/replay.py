@@ -14,6 +14,7 @@ from torch import Tensor
 from zo_kernels.arguments import require, require_directions
 from zo_kernels.blocks import Blocks
 from zo_kernels.dispatch import backend
+from zo_kernels.parts import parts_of
 
 
 @torch.no_grad()
@@ -48,6 +49,13 @@ def replay_(
     stochastic = [rounding_seeds is not None] * len(passes) if stochastic is None else list(stochastic)
     if any(stochastic) and rounding_seeds is None:
         raise ValueError("a pass that rounds stochastically needs rounding_seeds")
+    parts = parts_of(blocks)
+    if parts:
+        for part in parts:
+            replay_(part.blocks, part.sent(seeds), part.sent(coefs), part.chosen(scale), passes=passes,
+                    decays=part.sent(decays), rounding_seeds=part.sent(rounding_seeds), stochastic=stochastic,
+                    dist=dist)  # fmt: skip
+        return
     if decays is None and all(tensor.dtype == torch.float32 for tensor in blocks.tensors):
         # Nothing is rounded and nothing shrinks between the passes: one sum.
         backend(blocks.device.type).axpy_(blocks, seeds, coefs, scale, None, None, dist, None, None)

@@ -21,6 +21,7 @@ from zo_kernels.arguments import (
 from zo_kernels.blocks import Blocks
 from zo_kernels.dispatch import backend
 from zo_kernels.forms import Form
+from zo_kernels.parts import parts_of
 from zo_kernels.rules import RULES
 
 
@@ -67,6 +68,15 @@ def update_state_(
     if form is not None and not kind.forms:
         raise ValueError(f"{rule} makes its own form of the directions: pass form=None")
     require_form(form, blocks)
+    parts = parts_of(blocks)
+    if parts:
+        for part in parts:
+            update_state_(
+                part.blocks, rule, [part.of_list(tensors) for tensors in states], part.sent(seeds), part.sent(coefs),
+                part.chosen(scale), numbers=part.sent(numbers), form=part.formed(form), decay=part.sent(decay),
+                rounding_seed=part.sent(rounding_seed), keep=part.sent(keep), dist=dist,
+            )  # fmt: skip
+        return
     backend(blocks.device.type).update_state_(
         blocks, rule, states, seeds, coefs, scale, numbers, form, decay, rounding_seed, keep, dist
     )

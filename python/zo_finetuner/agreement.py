@@ -54,7 +54,7 @@ def exchange(value: Any) -> list[Any]:
     dist.all_gather_object(given, value)
     wrong = [number for number, other in enumerate(given) if isinstance(other, InputError)]
     if wrong:
-        where = "" if len(wrong) == len(given) else f" (on rank {wrong[0]} of {len(given)})"
+        where = f" (on rank {wrong[0]} of {len(given)})" if wrong[0] else ""
         raise _Told(f"{given[wrong[0]]}{where}")
     return given
 

@@ -10,6 +10,7 @@ import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments) or 0
     except InputError as error:
+        if "RANK" in os.environ:  # torchrun stops the others when the first has ended: each ends by itself
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if leads:
             print(f"zo: error: {error}", file=sys.stderr)
         return 2

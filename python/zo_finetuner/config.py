@@ -97,6 +97,7 @@ class RunConfig:
     eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
     logging_steps: int = _option(10, "steps between logged losses")
     report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
+    push_to_hub: str | None = _option(None, "send the model, its card and the journal to this repository, USER/NAME")
     resume: bool = _option(False, "go on where the run in output_dir ended (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
     journal: bool = _option(True, "write every step to output_dir/journal.zoj, for `zo replay`")
@@ -108,6 +109,8 @@ class RunConfig:
         for name in ("model", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing: give --{name.replace('_', '-')} or put it in the config file")
+        if self.push_to_hub and not self.save_model:
+            raise InputError("push_to_hub sends the model, and save_model is off: leave one of them out")
         self.check_data(self.data)
         self.check_objective()
         check_method(self.optimizer, self.pertnn or None, self.set, self.transfer)

@@ -2,9 +2,9 @@
 
 The mixin replaces one thing: what happens with an accumulation window.  Schedules, callbacks, `report_to`,
 checkpoints, `load_best_model_at_end` and resume stay the Trainer's.  It goes over any Trainer that keeps
-`training_step` (TRL's SFTTrainer too):
+`training_step`:
 
-    class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
+    class MyZOTrainer(ZOTrainerMixin, MyTrainer): ...       TRL's SFTTrainer: `sft.ZOSFTTrainer`
 
 All micro-batches of a window are evaluated under one perturbation, so 8 x 1 equals 2 x 4 examples.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from zo_finetuner.agreement import agreed, data_facts, digest, method_facts, mod
 from zo_finetuner.checkpoints import WholeCheckpoints
 from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
+from zo_finetuner.model_card import CardFacts, Result, write_card
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
 from zo_finetuner.progress import Speed
@@ -144,7 +146,7 @@ class ZOTrainerMixin(WholeCheckpoints):
             sums, weights = zip(*(self._objective(model, batch) for batch in window), strict=True)
             return torch.stack((torch.stack(sums), torch.stack(weights)))
         with masks_unread():
-            losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in window]
+            losses = [self.step_loss(model, dict(batch), num_items_in_batch) for batch in window]
         losses = torch.stack(losses).float()
         weights = torch.ones_like(losses)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
@@ -152,6 +154,28 @@ class ZOTrainerMixin(WholeCheckpoints):
             # it by the number of processes, whose mean is the window's: a window weighs 1.
             weights[1:] = 0.0
         return torch.stack((losses, weights))
+
+    def step_loss(self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """What a step minimises, of one micro-batch."""
+        return self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+
+    def create_model_card(self, model_name: str | None = None, finetuned_from: str | None = None, **hub: Any) -> None:
+        """README.md in the output folder, which `push_to_hub` sends with the model: `model_card.py`.  hub: of the
+        Trainer's arguments, language, license, tags and dataset are told."""
+        if not self.is_world_process_zero() or not isinstance(self.zo_optimizer, ZOOptimizer):
+            return
+        out, engine = Path(self.args.output_dir), self.zo_optimizer.engine
+        data = hub.get("dataset") or hub.get("dataset_name") or ""
+        told = {name: hub[name] for name in ("language", "license", "tags") if hub.get(name)}
+        told.setdefault("tags", getattr(self, "_tag_names", None))  # TRL's
+        journal = None if engine.journal is None else engine.journal.path
+        if journal is not None:
+            engine.journal.sync()
+        facts = CardFacts(
+            model_name or out.name, schedule_of(self.args), _held_out(self.state.log_history),
+            data if isinstance(data, str) else ", ".join(data), journal, told,
+        )
+        write_card(out, engine, facts)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         return None
@@ -172,6 +196,18 @@ def schedule_of(args: TrainingArguments) -> dict[str, Any]:
     names = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
              "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps")  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"lr_scheduler_type": str(args.lr_scheduler_type.value)}
+
+
+def _held_out(history: list[dict[str, Any]]) -> list[Result]:
+    """The last evaluation, against the first where there were several."""
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    timed = ("runtime", "per_second", "num_tokens")
+    numbers = {n: v for n, v in last.items() if n.startswith("eval_") and isinstance(v, int | float)}
+    return [Result(name[5:], number, first.get(name) if first is not last else None)
+            for name, number in numbers.items() if not name.endswith(timed)]  # fmt: skip
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

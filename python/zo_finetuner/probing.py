@@ -28,7 +28,7 @@ from zo_finetuner.scratch import ScratchProbing
 from zo_finetuner.sharded_probing import make_sharded_probing
 from zo_finetuner.shards import ShardBlocks
 from zo_finetuner.slices import slicing
-from zo_kernels import Blocks
+from zo_kernels import Blocks, parts_of
 
 PROBINGS = {kind.mode: kind for kind in (ScratchProbing, PairedProbing, InPlaceProbing)}
 MODES = ("auto", *PROBINGS)
@@ -55,6 +55,8 @@ def make_probing(
     slicing(model)  # tried before a prober hooks the model: a whole head would grow its scratch
     if isinstance(blocks, ShardBlocks):
         return make_sharded_probing(mode, model, blocks, method)
+    if method.low_rank and parts_of(blocks):
+        raise InputError(f"{method.name} does not go with weights on several devices: its factors are one vector")
     if method.low_rank:
         return LowRankProbing(model, blocks)
     if mode == "auto":

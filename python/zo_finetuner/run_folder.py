@@ -26,7 +26,7 @@ JOURNAL, LOG = "journal.zoj", "log.jsonl"
 OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", JOURNAL, LOG)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs",
-        "probe_ranks"}
+        "probe_ranks", "push_to_hub"}
 
 
 class RunFolder:

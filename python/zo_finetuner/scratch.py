@@ -60,7 +60,7 @@ class ScratchProbing:
         """(blocks,) fp32: of every block the largest weight, its absolute value."""
         zero = torch.zeros((), dtype=torch.float32, device=self.blocks.device)
         norms = (torch.linalg.vector_norm(t, float("inf")).float() if t.numel() else zero for t in self.blocks.tensors)
-        return torch.stack([*norms])
+        return torch.stack([norm.to(zero.device) for norm in norms])
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
@@ -130,7 +130,7 @@ class ScratchProbing:
             if mirror is not None:
                 probe.direction.move(theta, mirror, block, -probe.coef, rows)
             return
-        move = probe.stacked
+        move = probe.stacked.on(theta.device)
         scratch(
             theta,
             out,
@@ -139,7 +139,7 @@ class ScratchProbing:
             move.coefs,
             move.scale_of(block),
             mirror=mirror,
-            nearest_above=self._nearest_above[block],
+            nearest_above=self._nearest_above[block].to(theta.device),
             rows=rows,
             dist=move.dist,
             form=move.form_of(block, theta),
@@ -177,8 +177,10 @@ class ScratchProbing:
             theta = self.blocks.tensors[b].reshape(-1)[:SHARE_SAMPLE]
             out = torch.empty_like(theta)
             self._write(theta, out, b)
-            meant = probe.stacked.displacement(theta, self.blocks.ids[b], b, self.blocks.offsets[b]).double()
-            shares.append(((out.double() - theta.double()) * meant).sum() / (meant * meant).sum())
+            move, place = probe.stacked.on(theta.device), (self.blocks.ids[b], b, self.blocks.offsets[b])
+            meant = move.displacement(theta, *place).double()
+            share = ((out.double() - theta.double()) * meant).sum() / (meant * meant).sum()
+            shares.append(share.to(self.blocks.device))
         return torch.stack(shares).float()
 
     def state_dict(self) -> dict[str, Tensor]:

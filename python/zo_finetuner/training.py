@@ -26,8 +26,10 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
 from zo_finetuner.fits import require_fits
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
+from zo_finetuner.hub import push_run, require_hub
 from zo_finetuner.interruption import StopAfterStep
 from zo_finetuner.loading import load_model
+from zo_finetuner.model_card import CardFacts, Result, write_card
 from zo_finetuner.optim import Method, make_method
 from zo_finetuner.positions import Position, ResumesFromJournal, best_of, take_best, why_not
 from zo_finetuner.probing import require_goes
@@ -77,6 +79,8 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     out = Path(config.output_dir)
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
+    if config.push_to_hub and leads():
+        require_hub(config.push_to_hub)
     work = make_workload(config)
     require_fits(config)
     model, tokenizer = load_base(config)
@@ -160,8 +164,11 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         with whole_folder(out / "model") as saved:
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(str(saved))
+            write_card(saved, engine, _facts(config, trainer, result))
     draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
     write_json(out / "result.json", result)
+    if config.push_to_hub:
+        print(f"pushed to {push_run(out, config.push_to_hub)}", flush=True)
     return result
 
 
@@ -240,6 +247,21 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _facts(config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> CardFacts:
+    names = {"loss": "loss", "metric": result["metric"]}
+    results = [Result(named, result[f"eval_{name}_after"], result[f"eval_{name}_before"], result["eval_rows"])
+               for name, named in names.items()]  # fmt: skip
+    journal = trainer.zo_optimizer.engine.journal
+    if journal is not None:
+        journal.sync()
+    step = result["best_step"]
+    run = schedule_of(trainer.args) | {"weights": f"of step {step}, best on dev rows" if step else "of the last step"}
+    return CardFacts(
+        (config.push_to_hub or Path(config.output_dir).name).rpartition("/")[2], run, results,
+        config.task or Path(str(config.data)).name, None if journal is None else journal.path,
+    )
 
 
 def evaluates_every(config: RunConfig) -> int:

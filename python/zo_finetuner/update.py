@@ -52,4 +52,4 @@ def apply_update(
             if update.anchored.anchors[block] is not None:
                 new = torch.empty_like(theta)
                 update.anchored.move(theta, new, block, None)
-                theta.copy_(torch.where(finite, new, theta))
+                theta.copy_(torch.where(finite.to(theta.device), new, theta))

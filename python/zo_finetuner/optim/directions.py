@@ -61,7 +61,7 @@ class Anchored:
         if rows is not None:
             theta, anchor = theta[rows], None if anchor is None else anchor[rows]
         ratio = self.ratio[block] if coef is None else self.ratio[block] + coef * self.step[block]
-        out.copy_(theta if anchor is None else torch.lerp(anchor.float(), theta.float(), ratio))
+        out.copy_(theta if anchor is None else torch.lerp(anchor.float(), theta.float(), ratio.to(theta.device)))
 
 
 Terms = list[tuple[Direction | Held, Tensor]]  # Held: low-rank updates only
@@ -94,6 +94,19 @@ class Stacked:
         if form is not None and form.kind == "shifted":
             form = form._replace(value=coefs.sum())
         return cls(seeds, coefs, scale, first.dist, form)
+
+    def on(self, device: torch.device) -> Stacked:
+        """The same with its scalars on a device where a part of the model lies; sent once."""
+        if device == self.seeds.device:
+            return self
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            form = self.form
+            if form is not None and form.value is not None:
+                form = form._replace(value=form.value.to(device))
+            scale = None if self.scale is None else self.scale.to(device)
+            copies[device] = Stacked(self.seeds.to(device), self.coefs.to(device), scale, self.dist, form)
+        return copies[device]
 
     @cached_property
     def _columns(self) -> Tensor | None:

@@ -101,4 +101,5 @@ class DiZO(Composed):
         """|theta_b - theta0_b|, 0 where nothing is projected: (blocks,) fp32."""
         zero = torch.zeros((), dtype=torch.float32, device=self.memory["gamma"].device)
         pairs = zip(self._tensors, self._anchors, strict=True)
-        return torch.stack([zero if a is None else torch.linalg.vector_norm(t.float() - a.float()) for t, a in pairs])
+        gone = [zero if a is None else torch.linalg.vector_norm(t.float() - a.float()) for t, a in pairs]
+        return torch.stack([length.to(zero.device) for length in gone])

@@ -17,7 +17,9 @@ def new_states(
     blocks: Blocks, names: Sequence[str], what: str, *, fill: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> dict[str, list[Tensor]]:
     """For each name a tensor per block, shaped like it.  Raises InputError where they do not fit."""
-    require_room(blocks.device, len(names) * sum(blocks.numels) * dtype.itemsize, f"{what} ({', '.join(names)})")
+    for device in {t.device for t in blocks.tensors}:
+        count = sum(t.numel() for t in blocks.tensors if t.device == device)
+        require_room(device, len(names) * count * dtype.itemsize, f"{what} ({', '.join(names)})")
     return {
         name: [torch.full(t.shape, fill, dtype=dtype, device=t.device) for t in blocks.tensors] for name in names
     }
