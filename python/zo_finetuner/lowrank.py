@@ -30,9 +30,8 @@ from zo_finetuner.optim.directions import Terms
 from zo_finetuner.part import Part
 from zo_finetuner.pending import Factors, Pending
 from zo_finetuner.routes import Forward
-from zo_finetuner.side_products import SideProduct, Sides, side_product
+from zo_finetuner.side_products import SideProduct, side_product
 from zo_finetuner.stack import Frame
-from zo_finetuner.subspace import Held
 from zo_finetuner.together import TogetherProbing
 from zo_finetuner.update import apply_terms
 from zo_kernels import Blocks, add_product
@@ -66,7 +65,8 @@ class LowRankProbing(TogetherProbing):
         self._own = [place for place, parameter in enumerate(self._swapped) if id(parameter) not in biases]
         matrices = [tensor.dtype for tensor in blocks.tensors if tensor.dim() == 2]
         self._dtype = matrices[0] if matrices else torch.float32
-        self._factors: list[dict[int, Factors]] = []  # of the matrices' blocks, for each member
+        self._factors: dict[int, Factors] = {}  # of the matrices' blocks, for the first member or for all
+        self._prepared = 0  # members that have them
         self._member = 0  # whose weights a module that takes members one by one computes with
 
     def _side(self, module: nn.Module) -> tuple[int, SideProduct] | None:
@@ -92,6 +92,7 @@ class LowRankProbing(TogetherProbing):
 
     def group_of(self, probes: Sequence[Probe]) -> list[Probe]:
         group = [*takewhile(lambda probe: probe.direction is not None, probes)] if self.tokens else []
+        group = [*takewhile(lambda probe: len(probe.terms) == len(group[0].terms), group)]  # factors of one shape
         return group if len(group) > 1 else []
 
     def most(self, rows: int, length: int) -> int:
@@ -118,12 +119,12 @@ class LowRankProbing(TogetherProbing):
     def _moved(self, probe: Probe) -> Iterator[None]:
         """Within it modules have side products and vectors of a probe."""
         terms = self.pass_by(probe)
-        self._factors, handles = [], []
-        self._prepare(0, terms)
+        self._prepare([terms])
+        handles = []
         try:
             if terms and self._swapped:
                 self._swap(self._swapped, self._copies[0].tensors)
-            for module, side in self._sides.items() if self._factors[0] else ():
+            for module, side in self._sides.items() if self._factors else ():
                 hook = functools.partial(self._beside, *side)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
             yield
@@ -145,23 +146,24 @@ class LowRankProbing(TogetherProbing):
         """How often what was collected has been merged into the weights."""
         return self.pending.merges
 
-    def _prepare(self, member: int, terms: Terms) -> None:
-        """Make a member's factors, and its copies of the vectors."""
-        factors = {f.matrix.block: f for f in self.pending.factors(self._dtype, terms)}
-        poisoned = self.poisoned is not None and member in self.poisoned
-        if poisoned:
-            factors = {block: f._replace(left=torch.full_like(f.left, torch.nan)) for block, f in factors.items()}
-        self._factors.append(factors)
-        if not self._swapped or not terms:
+    def _prepare(self, members: list[Terms]) -> None:
+        """Make the factors of members, and their copies of the vectors."""
+        factors = self.pending.factors(self._dtype, members)
+        self._factors, self._prepared = {f.matrix.block: f for f in factors}, len(members)
+        poisoned = [member for member in self.poisoned or () if member < len(members)]
+        for member in poisoned:
+            for own in factors:
+                own.left[member].fill_(torch.nan)
+        if not self._swapped or not members[0]:
             return
-        while len(self._copies) <= member:
+        while len(self._copies) < len(members):
             self._copies.append(self._vectors.copies())
-        copies = self._copies[member]
-        torch._foreach_copy_(copies.tensors, self._vectors.blocks.tensors)
-        apply_terms(copies, self._vectors.terms(terms), None, terms[0][0].seed)
-        if poisoned:  # a bias beside a side product is poisoned with it
+        for terms, copies in zip(members, self._copies, strict=False):
+            torch._foreach_copy_(copies.tensors, self._vectors.blocks.tensors)
+            apply_terms(copies, self._vectors.terms(terms), None, terms[0][0].seed)
+        for member in poisoned:  # a bias beside a side product is poisoned with it
             for place in self._own:
-                copies.tensors[place].fill_(torch.nan)
+                self._copies[member].tensors[place].fill_(torch.nan)
 
     @staticmethod
     def _swap(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
@@ -169,9 +171,9 @@ class LowRankProbing(TogetherProbing):
             parameter.data = tensor
 
     def _run(self, forward: Forward, members: Any) -> list[Any]:
-        with self._own_reads():
-            for member in range(len(self._factors), members.count):
-                self._prepare(member, self._group[member].terms)
+        if self._prepared != members.count:
+            with self._own_reads():
+                self._prepare([probe.terms for probe in self._group])
         return super()._run(forward, members)
 
     def _beside(
@@ -179,38 +181,33 @@ class LowRankProbing(TogetherProbing):
     ) -> Tensor | None:
         """A forward hook: the side product of a module's weight, and of other members what their bias is more."""
         x = args[0] if args else kwargs["input"]
-        members = range(self._member, self._member + 1) if self.members is None else range(self.members.count)
-        joined = None
-        if self.members is not None and self._shared_rows(module, x):
-            joined = output = torch.cat([output] * len(members))
-            x = x.expand(len(members), *x.shape[1:])
-        sides = [Sides(f.left, f.right) for f in (self._factors[member][block] for member in members)]
-        product(module, x, output, sides)
-        self._add_biases(module, output, members)
-        return joined if joined is None else self._over_rows(joined)
-
-    def _shared_rows(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether x has one row for all members."""
         try:
-            shared = self.members.parts(x) is None
+            one = self.members is not None and self.members.is_one_row(x)
         except NotMembers as reason:
             raise NotMembers(f"{self.describe(module)} {reason}") from None
-        if shared and x.shape[0] != 1:
-            raise NotMembers(f"{self.describe(module)} has one input of shape {tuple(x.shape)} for all")
-        return shared
+        if one:
+            output = torch.cat([output] * self.members.count)
+            x = x.expand(self.members.count, *x.shape[1:])
+        product(module, x, output, *self._sides_of(block))
+        self._add_biases(module, output)
+        return self.members.over_rows(output) if one else None
 
-    def _over_rows(self, joined: Tensor) -> Tensor:
-        """One row of each member -> as many as a member has."""
-        each = self.members.rows // self.members.count
-        return joined[:, None].expand(-1, each, *joined.shape[1:]).flatten(0, 1)
+    def _sides_of(self, block: int) -> tuple[Tensor, Tensor]:
+        """L and R of all members, or of the one whose turn it is."""
+        _, left, right = self._factors[block]
+        if self.members is not None or self._prepared == 1:
+            return left, right
+        return left[self._member : self._member + 1], right if right.dim() == 2 else right[self._member]
 
-    def _add_biases(self, module: nn.Module, output: Tensor, members: range) -> None:
+    def _add_biases(self, module: nn.Module, output: Tensor) -> None:
+        """The first member's own is in the module."""
         place = self._place.get(self._parameters.get(id(module._parameters.get("bias"))))
-        if place is None:
+        if place is None or (self.members is None and not self._member):
             return
         rows = module.__dict__.get("_zo_rows")
+        members = [self._member] if self.members is None else range(self.members.count)
         for out, member in zip(output.tensor_split(len(members)), members, strict=True):
-            if member:  # the first's own is in the module
+            if member:
                 more = self._copies[member].tensors[place] - self._copies[0].tensors[place]
                 out += more if rows is None else more.index_select(0, rows)
 
@@ -247,11 +244,12 @@ class LowRankProbing(TogetherProbing):
     def _perturb(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
         if block not in self._left[frame.module]:
             self._perturb_vector(frame, parameter, block, rows)
-        elif block not in self._factors[0]:
+        elif block not in self._factors:
             super()._perturb(frame, parameter, block, rows)
         else:
-            members = range(self._member, self._member + 1) if self.members is None else range(self.members.count)
-            copies = [self._product(frame, parameter, self._factors[member][block]) for member in members]
+            left, right = self._sides_of(block)
+            copies = [self._product(frame, parameter, block, own, right if right.dim() == 2 else right[member])
+                      for member, own in enumerate(left)]  # fmt: skip
             frame.swap(parameter, *(copy if rows is None else copy.index_select(0, rows) for copy in copies))
 
     def _perturb_vector(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
@@ -267,33 +265,21 @@ class LowRankProbing(TogetherProbing):
             return
         frame.swap(parameter, *(copy if rows is None else copy.index_select(0, rows) for copy in copies))
 
-    def _product(self, frame: Frame, parameter: nn.Parameter, factors: Factors) -> Tensor:
-        matrix, left, right = factors
+    def _product(self, frame: Frame, parameter: nn.Parameter, block: int, left: Tensor, right: Tensor) -> Tensor:
         out = self._take(frame, parameter, None)
         seed = self._probe.terms[0][0].seed
-        add_product(parameter.data, left.float(), right.float(), matrix.tensor_id, seed, out=out)
+        add_product(parameter.data, left.float(), right.float(), self._factors[block].matrix.tensor_id, seed, out=out)
         return out
 
     def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
         for direction, coef in update.terms:
             self.pending.add(direction, coef)
         self.pending.rounding.copy_(rounding_seed)
-        self._apply_dense(update.terms, decay, rounding_seed)
+        self._dense.move(update.terms, decay, rounding_seed)
         if decay is None:
             self.pending.settle()
         else:  # it shrinks every weight at every step
             self.pending.merge(decay)
-
-    def _apply_dense(self, terms: Terms, decay: Tensor | None, rounding_seed: Tensor) -> None:
-        blocks = self._dense.blocks
-        if not len(blocks) or not terms:
-            return
-        held, coef = terms[0]
-        if not isinstance(held, Held):
-            return apply_terms(blocks, self._dense.terms(terms), decay, rounding_seed)
-        for theta, dense, tensor_id in zip(blocks.tensors, held.dense.split(blocks.numels), blocks.ids, strict=True):
-            row = theta.view(1, -1)
-            add_product(row, coef.view(1, 1), dense.view(1, -1), tensor_id, rounding_seed, decay=decay)
 
     def begin(self) -> None:
         """A step that is replayed from a graph collects, and no Python of it runs."""

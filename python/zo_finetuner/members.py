@@ -85,6 +85,18 @@ class Members:
             raise NotMembers(f"a tensor of shape {tuple(tensor.shape)} in {batch}")
         return tensor.tensor_split(self.count)
 
+    def is_one_row(self, tensor: Tensor) -> bool:
+        """Whether it has one row for all members' batches.  NotMembers where all members share more."""
+        if self.parts(tensor) is not None:
+            return False
+        if tensor.dim() == 0 or tensor.shape[0] != 1:
+            raise NotMembers(f"has one input of shape {tuple(tensor.shape)} for all")
+        return True
+
+    def over_rows(self, values: Tensor) -> Tensor:
+        """(N, ...), a row of each member -> one for every row of its batch."""
+        return values[:, None].expand(-1, self.rows // self.count, *values.shape[1:]).flatten(0, 1)
+
     def join(self, outputs: list[Any], broadcast: bool = False) -> Any:
         """What a module returned for each member as one value; broadcast: its single row stands for all of the
         member's."""

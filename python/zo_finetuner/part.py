@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.optim.directions import Direction, Terms
-from zo_kernels import Blocks
+from zo_finetuner.subspace import Held
+from zo_finetuner.update import apply_terms
+from zo_kernels import Blocks, add_product
 
 
 class Part:
@@ -24,6 +26,18 @@ class Part:
 
     def terms(self, terms: Terms) -> Terms:
         return [(Direction(d.seed, self._scale(d.scale), d.dist), coef) for d, coef in terms]
+
+    def move(self, terms: Terms, decay: Tensor | None, rounding_seed: Tensor) -> None:
+        """The update of these blocks by terms of all."""
+        if not self.numbers or not terms:
+            return
+        held, coef = terms[0]
+        if not isinstance(held, Held):
+            return apply_terms(self.blocks, self.terms(terms), decay, rounding_seed)
+        parts = held.dense.split(self.blocks.numels)
+        for theta, dense, tensor_id in zip(self.blocks.tensors, parts, self.blocks.ids, strict=True):
+            row = theta.view(1, -1)
+            add_product(row, coef.view(1, 1), dense.view(1, -1), tensor_id, rounding_seed, decay=decay)
 
     def _scale(self, scale: Tensor | None) -> Tensor | None:
         if scale is None:

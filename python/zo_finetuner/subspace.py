@@ -107,8 +107,8 @@ class Layout:
         return torch.tensor([x.block for x in self.matrices], dtype=torch.int64, device=self.device)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of flat coordinates, (r, m or r) for each matrix."""
-        return [x.view(self.rank, -1) for x in flat.split(self.sizes)]
+        """Views of flat coordinates (..., all), (..., r, m or r) for each matrix."""
+        return [x.view(*flat.shape[:-1], self.rank, -1) for x in flat.split(self.sizes, dim=-1)]
 
     def draw(self, seed: Tensor, scale: Tensor | None, dist: str) -> Tensor:
         """Coordinates of a direction, with its scales: flat fp32."""
@@ -162,7 +162,7 @@ class Subspace:
         return self._cast[dtype]
 
     def left_of(self, coordinates: Tensor) -> list[Tensor]:
-        """For each matrix L, (r, m), so that the coordinates stand for L^T V."""
+        """For each matrix L, (..., r, m), so that the coordinates (..., all) stand for L^T V."""
         parts = self.layout.split(coordinates)
         return parts if self.left is None else [x @ u for u, x in zip(self.left, parts, strict=True)]
 

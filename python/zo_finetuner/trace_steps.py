@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zo_finetuner.lowrank import LowRankProbing
 from zo_finetuner.objective import training_loss
-from zo_finetuner.optim.base import Method, StepContext, Update
+from zo_finetuner.optim.base import Method, Probe, StepContext, Update
 from zo_finetuner.rows import unwrap
 from zo_finetuner.trace import Batch, Cost, counted
 from zo_finetuner.update import guarded
@@ -61,17 +61,21 @@ class Steps:
         if self.method.period:
             self.method.turn(self.context)
 
-    def step(self) -> None:
+    def step(self, evaluate: bool = True) -> None:
+        """evaluate: else losses come from nowhere, and the update alone is made."""
         self.probing.begin()
         request = self.method.ask(self.context)
         while not isinstance(request, Update):
-            losses = []
-            for i, probe in enumerate(request):
-                with self.probing.at(probe, request[i + 1 :]):
-                    losses.append(self.loss())
-            self.probing.rehearse()
+            losses = torch.empty(len(request), device="meta").unbind()
+            if evaluate:
+                losses = [self._loss(probe, request[i + 1 :]) for i, probe in enumerate(request)]
+                self.probing.rehearse()
             request = self.method.tell(torch.stack(losses))
         self.probing.apply(guarded(request, self.finite), self.finite, None, self.rounding)
+
+    def _loss(self, probe: Probe, following: list[Probe]) -> Tensor:
+        with self.probing.at(probe, following):
+            return self.loss()
 
 
 @torch.no_grad()
@@ -90,11 +94,11 @@ def trace_steps(
         steps.turn()
         steps.step()
         first = tally.cost().peak
-        # A population's ranks add up until they are merged.
-        for _ in range(1 if method.period else max(1, method.limit // (method.rank * method.estimator.directions))):
-            kept = tally.restart()
-            forwards.clear()
-            steps.step()
+        for _ in range(0 if method.period else method.limit // (method.rank * method.estimator.directions) - 2):
+            steps.step(evaluate=False)  # a population's ranks add up until they are merged
+        kept = tally.restart()
+        forwards.clear()
+        steps.step()
         later = tally.cost()
         count = len(forwards)
         ground = tally.restart()
