@@ -12,17 +12,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.shapes import CONFIGS
+from bench.shapes import CONFIGS, SMALL
 
 POSITIONS = 8192  # of the Llamas; rows of the protocol have 2,048 tokens at most
 
 
 def config(model: str, shrink: int = 1, vocabulary: int = 0) -> Any:
-    """The transformers config of one of CONFIGS, weights in bfloat16.  shrink divides widths, depth and vocabulary for
-    dry runs (two heads then, one of keys); vocabulary: the least that the embedding must have."""
+    """The transformers config of one of CONFIGS or SMALL, weights in bfloat16.  shrink divides widths, depth and
+    vocabulary for dry runs (two heads then, one of keys); vocabulary: the least that the embedding must have."""
     from transformers import LlamaConfig, OPTConfig
 
-    shape = CONFIGS[model]
+    shape = (CONFIGS | SMALL)[model]
     heads, kv_heads = (shape.hidden // shape.head, shape.kv // shape.head) if shrink == 1 else (2, 1)
     head = shape.head if shrink == 1 else max(2, shape.hidden // shrink // 4 * 2)  # even, for rotary embeddings
     common = {

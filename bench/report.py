@@ -18,13 +18,14 @@ from bench.methods import picture as methods_picture
 from bench.methods.table import table as methods
 from bench.quality import picture as quality_picture
 from bench.quality.verdict import table as quality
+from bench.recipe_table import table_of as recipes
 from bench.rows import newest, read
 from bench.step_tables import headline, step
 from bench.tables import Row
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "headline": headline, "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance,
-    "quality": quality, "methods": methods,
+    "quality": quality, "methods": methods, "recipes": recipes,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 

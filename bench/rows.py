@@ -30,6 +30,7 @@ REQUIRED = {
 KEY = (
     "case", "provider", "dtype", "n", "metric", "device", "threads",
     "model", "tensor", "kernel", "task", "phase", "seed", "steps", "rate", "filled", "shrink",
+    "network",
 )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ CONFIGS = {
     "llama-8b": Config(vocab=128256, hidden=4096, layers=32, ffn=14336, kv=1024, head=128),
     "opt-30b": Config(vocab=50272, hidden=7168, layers=48, ffn=28672, kv=7168, head=128, tied=True, positions=2050),
 }
+#: Sizes that recipes have and benchmarks do not.
+SMALL = {
+    "opt-125m": Config(vocab=50272, hidden=768, layers=12, ffn=3072, kv=768, head=64, tied=True, positions=2050),
+    "opt-1.3b": Config(vocab=50272, hidden=2048, layers=24, ffn=8192, kv=2048, head=64, tied=True, positions=2050),
+}
 
 
 def shapes(model: str, shrink: int = 1) -> Shapes:

@@ -53,7 +53,7 @@ def without_pictures():
     from zo_finetuner import training
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_curves", lambda *_: None)
+        patch.setattr(training, "write_report", lambda *_: None)
         yield
 
 

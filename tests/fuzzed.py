@@ -40,6 +40,7 @@ from zo_finetuner.loading import check_folder, check_safetensors, load_model
 from zo_finetuner.own.splits import load_own
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn
+from zo_finetuner.positions import best_of, read_log
 from zo_finetuner.scale_net import ScaleNet
 from zo_finetuner.state_files import digest, write_state
 from zo_finetuner.tasks import get_task
@@ -430,6 +431,20 @@ def read_adapter(folder: Path) -> None:
         raise InputError(f"{folder}: {error}") from None
 
 
+@st.composite
+def logs(draw: Any) -> dict[str, bytes]:
+    entry = {"loss": 1.5, "step": 2, "epoch": 0.1} if draw(st.booleans()) else {"eval_loss": 2.5, "step": 2}
+    return {"log.jsonl": draw(sometimes_mangled(lines_like(entry)))}
+
+
+def read_a_log(folder: Path) -> None:
+    """It is never refused, but no more is believed than can be."""
+    entries = read_log(folder / "log.jsonl")
+    best_of(entries)
+    if len(entries) < 3:
+        raise InputError(f"{folder}: {len(entries)} entries are left")
+
+
 READERS = {
     **{
         f"learned scales, {kind}": Reader(
@@ -439,6 +454,7 @@ READERS = {
     },
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
     "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
+    "log": Reader(logs(), read_a_log),
     "checkpoint": Reader(checkpoint_folders(), read_checkpoint),
     "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(

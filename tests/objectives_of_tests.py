@@ -70,5 +70,11 @@ def _deeper(rows):
     return rows[0]["no such column"]
 
 
+def fails_later(model, batch):
+    """In the fifth call: the trial, the evaluation before and the first step have gone well."""
+    CALLS.append(None)
+    return 1 / (len(CALLS) < 5)
+
+
 def fails_in_a_library(model, batch):
     return torch.zeros(3) @ torch.zeros(4)

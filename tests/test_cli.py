@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shlex
 import shutil
 import struct
 import subprocess
@@ -14,7 +16,7 @@ import torch
 import yaml
 from models import save_model, save_rows
 
-from zo_finetuner.cli import main
+from zo_finetuner.cli import EXAMPLES, _parser, main
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +338,12 @@ def test_unknown_flags_are_errors():
     argv = [sys.executable, "-m", "zo_finetuner.cli", "train", "--modle", "x"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "--modle" in run.stderr
+
+
+def test_every_verb_has_an_example_that_it_takes():
+    parser = _parser()
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(EXAMPLES) == set(verbs.choices)
+    for name, added in verbs.choices.items():
+        assert added.format_help().endswith(f"example:\n  {EXAMPLES[name]}\n")
+        assert parser.parse_args(shlex.split(EXAMPLES[name])[1:]).verb == name

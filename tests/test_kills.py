@@ -16,6 +16,8 @@ import mmap
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,7 +78,7 @@ PLACES = {
     "evaluation": (training.TaskTrainer, "evaluate", 3, before),
     "saving": (files, "_sync", 24, before),
     "result": (training, "write_json", 2, before),
-    "picture": (training, "draw_curves", 1, before),
+    "report": (training, "write_report", 1, before),
 }
 
 
@@ -146,7 +148,7 @@ class Runs:
                     first = int.from_bytes(self.live[:8], "little") or step + 1
                     self.live[:] = first.to_bytes(8, "little") + (step + 1).to_bytes(8, "little")
 
-            Engine.end, training.draw_curves = counted, lambda *_: None  # a picture takes half of a tiny run
+            Engine.end, training.write_report = counted, lambda *_: None  # a picture takes half of a tiny run
             if kill is not None:
                 kill.prepare()
 
@@ -215,3 +217,23 @@ def test_every_kill_is_recovered_from(base, tmp_path):
             "metric": "recovered bit-equal", "unit": "kills", **spread([float(count)]), "runs": number,
             "seconds": time.monotonic() - began, "cases": list(runs), "places": [*PLACES, "random times"],
         })  # fmt: skip
+
+
+@pytest.mark.skipif(not LONG, reason="starts an interpreter three times (ZO_LONG)")
+def test_a_process_of_its_own(base, tmp_path):
+    """The same without a fork: `python -m zo_finetuner.cli train`, killed once its journal has a few steps."""
+    argv = [sys.executable, "-m", "zo_finetuner.cli", *flags(base, tmp_path / "part", steps=200, eval_steps=50)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        while not (_has_header(tmp_path / "part" / "journal.zoj") and
+                   read_journal(tmp_path / "part" / "journal.zoj").steps > 3):  # fmt: skip
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "part" / "result.json").exists()
+        subprocess.run([*argv, "--resume"], stdout=log, stderr=log, check=True)
+        whole = [*argv[:3], *flags(base, tmp_path / "whole", steps=200, eval_steps=50)]
+        subprocess.run(whole, stdout=log, stderr=log, check=True)
+    ends = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("part", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -56,6 +56,12 @@ def test_formats_are_recognised_from_columns(row, format):
     assert recognised(row) == format
 
 
+def test_keys_that_tables_fill_in_messages_are_taken_away():
+    """A column of messages of a table gives every message all keys."""
+    row = {"messages": [message | {"tool_calls": None} for message in CHAT]}
+    assert check_rows([("here", row)], {})[1][0].row["messages"] == CHAT
+
+
 def test_a_mapping_names_columns_and_chooses_between_formats():
     row = {"text": "a", "prompt": "b", "completion": "c", "answer": "d"}
     with pytest.raises(InputError, match="here: its columns are those of text and prompt-completion; say which"):

@@ -105,6 +105,13 @@ def test_of_a_conversation_assistant_turns_are_learned(template):
     assert shown(example) == "<s><u>c</t><a>ab</t><u>d</t><a>|e|!|</t>"
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_tools_of_a_row_are_given_to_the_template(template):
+    row = {"messages": turns("c", "ab"), "tools": [{"name": "d"}, {"name": "e"}]}
+    (example,) = encoded(MESSAGES, row, template="{% for t in tools or [] %}{{ t.name }}{% endfor %}" + template)
+    assert shown(example) == "de<s><u>c</t><a>|ab|</t>"
+
+
 def test_templates_that_do_not_tell_turns_apart_are_refused():
     row = {"messages": turns("c", "ab", "d", "e!")}
     with pytest.raises(InputError, match="here: the chat template renders message 1 .* with {% generation %}"):

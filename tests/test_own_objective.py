@@ -264,6 +264,8 @@ def test_faults_are_one_line_before_anything_is_written(base, tmp_path, capsys):
         ("acuracy", ("did you mean",)),
     ):
         fails(capsys, flags(base, out, f"{MINE}:{name}"), *words)
+    later = flags(base, tmp_path / "begun", f"{MINE}:fails_later")
+    fails(capsys, later, "objectives_of_tests.py:", "fails_later raised ZeroDivisionError")
     good = f"{MINE}:loss"
     fails(capsys, flags(base, out, good, probing="paired"), "probing paired", "scratch or inplace")
     fails(capsys, flags(base, out, good, graphs="always"), "graphs always", "host")

@@ -14,6 +14,7 @@ from test_cli import fails, flags, result
 from test_run_folder import at_step
 from transformers import AutoModelForCausalLM
 
+from zo_finetuner import workload
 from zo_finetuner.cli import main
 from zo_finetuner.config import RunConfig
 from zo_finetuner.journal import read_journal
@@ -111,6 +112,16 @@ def test_a_run_killed_in_its_header_starts_afresh(base, tmp_path):
         assert Position.of(out / "journal.zoj", out / "log.jsonl", 2, 1) is None
     assert main([*flags(base, out, steps=2), "--resume"]) == 0
     assert read_journal(out / "journal.zoj").steps == 2
+
+
+def test_a_run_that_had_to_stop_has_another_chance(base, tmp_path, monkeypatch, capsys):
+    """It stops before step 35, and again after 35 more: what is rerun from the journal does not stop it."""
+    nan = torch.tensor(torch.nan)
+    monkeypatch.setattr(workload, "training_loss", lambda model, batch: (nan, torch.ones(())))
+    for step in (35, 70, 105):
+        error = fails(capsys, [*flags(base, tmp_path / "run", steps=200), "--resume"], f"stopped before step {step}:")
+        assert f"({step} in all" in error
+        assert read_journal(tmp_path / "run" / "journal.zoj").steps == step
 
 
 def test_another_base_model_is_refused(base, tmp_path, monkeypatch, capsys):

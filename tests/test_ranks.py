@@ -93,16 +93,18 @@ def command_line(tmp_path, *more):
 def test_the_command_line(tmp_path, worlds):
     save_model(tmp_path / "model")
     save_rows(tmp_path / "data")
-    out = ["--output-dir", str(tmp_path / "two")]
-    (code, _), other = worlds[2].run(rank_checks.command, command_line(tmp_path, *out), {})
-    assert (code, other) == (0, (0, ""))
+    two = command_line(tmp_path, "--output-dir", str(tmp_path / "two"))
+    for more in ([], ["--steps", "4", "--resume"]):  # to step 2, and on from its checkpoint
+        (code, _), other = worlds[2].run(rank_checks.command, [*two, *more], {})
+        assert (code, other) == (0, (0, ""))
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["ranks"]["processes"] == 2 and result["ranks"]["sent_bytes_per_step"] > 0
-    assert rank_checks.command(command_line(tmp_path, "--output-dir", str(tmp_path / "one")), {})[0] == 0
+    one = command_line(tmp_path, "--output-dir", str(tmp_path / "one"), "--steps", "4")
+    assert rank_checks.command(one, {})[0] == 0
     one, two = ({p.name for p in (tmp_path / run).iterdir() if "checkpoint" not in p.name} for run in ("one", "two"))
     assert one == two
     alone = json.loads((tmp_path / "one" / "result.json").read_text())
-    same = "eval_loss_before", "eval_loss_after", "best_dev_loss", "best_step"
+    same = "steps", "eval_loss_before", "eval_loss_after", "best_dev_loss", "best_step"
     assert [alone[name] for name in same] == [result[name] for name in same]
 
 

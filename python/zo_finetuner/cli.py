@@ -1,4 +1,4 @@
-"""The command line: `zo train | eval | learn | show | replay | diff | plan | demo | convert | env`.
+"""The command line: `zo train | report | eval | learn | show | replay | diff | plan | demo | convert | env`.
 
 Bad input is one line on stderr and exit code 2.  Heavy imports wait until the verb is known.
 """
@@ -17,6 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetuner.errors import InputError, RunStopped
+
+#: Verb -> what `--help` shows below its flags.
+EXAMPLES = {
+    "train": "zo train --model meta-llama/Llama-3.2-1B --task sst2 --optimizer mezo --steps 20000 --output-dir runs/a",
+    "learn": "zo learn --model meta-llama/Llama-3.2-1B --task sst2 --recipe closed-form --out scales",
+    "show": "zo show scales/learned.safetensors",
+    "report": "zo report runs/a runs/b --output compared.html",
+    "eval": "zo eval --model runs/a/model --task sst2 --output scores.json",
+    "replay": "zo replay meta-llama/Llama-3.2-1B runs/a/journal.zoj --to 5000 --out rebuilt",
+    "diff": "zo diff runs/a/journal.zoj runs/b/journal.zoj",
+    "plan": "zo plan --model facebook/opt-30b --task sst2 --batch 16 --seq 256 --device H100",
+    "demo": "zo demo --output-dir demo-out",
+    "convert": "zo convert llama1b.pth llama1b.safetensors --base-model meta-llama/Llama-3.2-1B",
+    "env": "zo env",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"zo: stopped: {error}; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from the last checkpoint'}", file=sys.stderr)
+        print(f"zo: {str(stop) or 'interrupted; `--resume` goes on from what was kept'}", file=sys.stderr)
         return 130
 
 
@@ -97,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data-seed", type=int, default=0)
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
 
+    report = verb("report", _report, "curves and tables of runs, one or several side by side: an HTML page and a PNG")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder that zo train wrote, or still writes")
+    report.add_argument("--output", metavar="HTML", help="the page; the picture has its name with .png (default: of "
+                        "one run RUN/report.html and RUN/curve.png, of several report.html here)")
+    report.add_argument("--overwrite", action="store_true", help="replace an earlier page of several runs")
+
     plan = verb("plan", _plan, "predict memory and time of a step from a model's config, before anything is downloaded")
     plan.add_argument("--model", required=True, help="folder with a config.json, or a Hub id (its config is fetched)")
     plan.add_argument("--task", default="sst2", help="decides how many logits a row needs (default: sst2)")
@@ -105,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--option-tokens", type=int, help="tokens of an answer (default: 1 in classification, else 16)")
     plan.add_argument("--optimizer", default="mezo")
     add_settings_flag(plan, "--set", "a setting of the optimizer, NAME=VALUE; as often as needed")
+    plan.add_argument("--adapter", choices=("lora", "dora"), help="plan for an adapter instead of the whole model")
+    plan.add_argument("--lora-rank", type=int, default=0, help="of the adapter (default: 8)")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
     plan.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="count what CUDA graphs of steps hold "
@@ -123,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base-model", default="", help="name of the model it was learned for")
 
     verb("env", _env, "what this machine can do, what is missing, and the command that adds it")
+    for name, added in verbs.choices.items():
+        added.formatter_class = argparse.RawDescriptionHelpFormatter
+        added.epilog = f"example:\n  {EXAMPLES[name]}" if name in EXAMPLES else None
     return parser
 
 
@@ -143,6 +169,9 @@ def _train(arguments: dict[str, Any]) -> None:
     print(f"{Path(config.output_dir) / 'result.json'}: {result['metric']} {result['eval_metric_before']:.3f} -> "
           f"{result['eval_metric_after']:.3f}, loss {result['eval_loss_before']:.4f} -> "
           f"{result['eval_loss_after']:.4f}, {result['forwards']} forwards in {result['seconds']:.0f} s")
+    if "ranks" in result:
+        print("{processes} processes: {sent_bytes_per_step:.1f} bytes sent by each in a step, "
+              "{received_bytes_per_step:.1f} received".format_map(result["ranks"]))
     leave()
 
 
@@ -172,7 +201,17 @@ def _eval(arguments: dict[str, Any]) -> None:
         write_json(Path(arguments["output"]), values)
 
 
+def _report(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.report_page import report
+
+    output = arguments["output"]
+    page, picture = report([Path(run) for run in arguments["runs"]], Path(output) if output else None,
+                           arguments["overwrite"])  # fmt: skip
+    print(f"{page} ({page.stat().st_size / 1024:.0f} KB), {picture}")
+
+
 def _plan(arguments: dict[str, Any]) -> None:
+    from zo_finetuner.adapters import Adapter
     from zo_finetuner.config import parse_settings
     from zo_finetuner.plan import make_plan, plan_devices
     from zo_finetuner.plan_report import as_json, report
@@ -183,7 +222,8 @@ def _plan(arguments: dict[str, Any]) -> None:
     if graphs is None:
         graphs = (arguments["device"] or "").casefold() != "cpu"
     named = {name: arguments[name] for name in asked}
-    plan = make_plan(arguments["model"], **named, settings=settings, graphs=graphs)
+    adapter = Adapter(arguments["adapter"], arguments["lora_rank"]) if arguments["adapter"] else None
+    plan = make_plan(arguments["model"], **named, settings=settings, graphs=graphs, adapter=adapter)
     devices = plan_devices(plan, arguments["device"], arguments["device_memory"])
     print(json.dumps(as_json(plan, devices), indent=2) if arguments["json"] else report(plan, devices))
 

@@ -134,7 +134,12 @@ class RunConfig:
             raise InputError(f"num_dev must be at least 1, got {self.num_dev}: dev rows choose the best checkpoint")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
-        for name, choices in (("probing", MODES), ("graphs", GRAPHS), ("dtype", DTYPES)):
+        from transformers import SchedulerType  # not for the verbs that have no such settings
+
+        schedules = [schedule.value for schedule in SchedulerType]
+        for name, choices in (
+            ("probing", MODES), ("graphs", GRAPHS), ("dtype", DTYPES), ("lr_scheduler", schedules)
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
@@ -266,4 +271,4 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     except (ValueError, TypeError, OverflowError):
         names = {int: "an integer", float: "a number", str: "text in one line", bool: "true or false",
                  dict: "`name: value` lines"}
-        raise InputError(f"{where} must be {names[kind]}, got {shown(value)}") from None
+        raise InputError(f"{where} must be {names[kind]}, got {shown(repr(value))}") from None

@@ -20,9 +20,10 @@ import torch
 from tqdm.auto import tqdm
 
 from zo_finetuner.config import RunConfig
-from zo_finetuner.curves import draw_curves
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import make_folder, write_json, write_text
+from zo_finetuner.report_page import write_report
+from zo_finetuner.runs import read_run
 from zo_finetuner.training import train
 
 NOUNS = "plot story script acting music ending cast pacing humor camera dialogue hero villain scenery opening".split()
@@ -113,7 +114,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
     model, data = out / "demo" / "model", out / "demo" / "data"
     make_data(data, seed)
     pretrain(model, seed)
-    results, histories = {}, {}
+    results = {}
     for optimizer, rate in RATES.items():
         print(f"\n{LABEL[optimizer]}: {steps} steps, two forwards each, no backward pass")
         config = RunConfig(
@@ -122,11 +123,8 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
             logging_steps=max(1, steps // 15), overwrite=True,
         )
         results[optimizer] = train(config)
-        lines = (out / optimizer / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        histories[LABEL[optimizer]] = [json.loads(line) for line in lines]
     prior = results["mezo"]["prior_loss"]
-    draw_curves(out / "curves.png", histories, "A tiny Llama learns to name moods, forward passes only",
-                reference=("always the training prior", prior))
+    write_report([read_run(out / optimizer) for optimizer in RATES], out / "report.html", out / "curves.png")
     summary = {
         "seconds": time.perf_counter() - started,
         "prior_loss": prior,
@@ -134,7 +132,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
     }
     write_json(out / "summary.json", summary)
     print(_table(results, prior))
-    print(f"curves: {out / 'curves.png'}    in all: {summary['seconds']:.0f} s")
+    print(f"curves: {out / 'curves.png'}, {out / 'report.html'}    in all: {summary['seconds']:.0f} s")
     return summary
 
 

@@ -256,7 +256,9 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """The last step's numbers for a log (waits for the device); scales as `sigma/KIND`, a number for every kind of
         block (`block_kinds.KINDS`): the root mean square."""
-        values = {"projected_grad": self.projected_grad, **self.guard.metrics(), **self.method.metrics}
+        forwards = self.step_count * self.method.forwards
+        values = {"projected_grad": self.projected_grad, "forwards": forwards, **self.guard.metrics(),
+                  **self.method.metrics}  # fmt: skip
         sigma = values.pop("sigma", None)
         kinds = {} if sigma is None else by_kind(self.blocks.names, sigma.tolist())
         return {name: float(value) for name, value in values.items()} | {f"sigma/{k}": v for k, v in kinds.items()}

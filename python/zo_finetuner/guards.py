@@ -1,7 +1,7 @@
 """What stands between the losses of a step and the weights.  The rules, none of which waits for the host:
 
     not finite   a loss, a derivative or a coefficient is NaN or infinite                              skipped
-    explosion    a loss > explosion * max(1, a), a the running mean of |loss| over about 50 steps      skipped
+    explosion    a loss > explosion * max(1, a), a the mean of steps' largest loss (about 50 steps)    skipped
     overflow     fp16 weights: sum |coef| * largest scale * 6.76 > half of their range, 32,752         skipped
     clip         |g| > clip, g the step's projected gradient: every coefficient times clip / |g|       clipped
     flat         all losses are equal, g = 0: nothing moves, the losses do not resolve eps             counted
@@ -50,15 +50,20 @@ class Limits:
 class Guard:
     """dtypes: of the weights.  slopes: every second number that a step evaluates is a derivative.
 
-    state: all that it remembers, fp64 on the device: the counts, the share of skipped steps, the mean of |loss|."""
+    state: all that it remembers, fp64 on the device: the counts; then running means, each (1 - 1/50) of what it was and
+    1/50 of the step's: of skipped (share), of largest losses (level) and of steps that were taken (taken), so that the
+    mean of the largest loss is level / taken from the first step on."""
 
     def __init__(self, limits: Limits, dtypes: Iterable[torch.dtype], slopes: bool, device: torch.device):
         self.limits, self.slopes = limits, slopes
         self.reach = min(torch.finfo(dtype).max for dtype in dtypes) / 2
-        self.state = torch.zeros(len(COUNTED) + 2, dtype=torch.float64, device=device)
-        *_, self.share, self.average = self.state.unbind()
-        self.counts = self.state[: len(COUNTED)]
-        self.average.fill_(torch.nan)  # before the first step there is none
+        counts, means = len(COUNTED), 3
+        self.state = torch.zeros(counts + means, dtype=torch.float64, device=device)
+        self.counts = self.state[:counts]
+        self.share, self.level, self.taken = self.state[counts:].unbind()
+        self._keep = torch.tensor([1.0] * counts + [1 - 1 / MEMORY] * means, dtype=torch.float64, device=device)
+        self._gain = torch.tensor([1.0] * counts + [1 / MEMORY] * means, dtype=torch.float64, device=device)
+        self._never = torch.zeros((), dtype=torch.bool, device=device)
         self._copy = torch.zeros(len(self.state), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._host = self._copy.numpy()  # read without an operator of torch
         self._told = (0, 0)  # skipped and exploded steps that the log has
@@ -66,41 +71,42 @@ class Guard:
     def judge(self, update: Update, numbers: Tensor) -> tuple[Update, Tensor]:
         """The update with its coefficients clipped, and whether it may be applied (0-dim bool); counts the step.
         numbers: all that it has evaluated, fp32."""
-        losses = numbers[::2] if self.slopes else numbers
-        low, high = losses.aminmax()
-        ok = finite = torch.isfinite(numbers).all() & self._fits(update)
-        exploded = torch.zeros_like(ok)
-        if self.limits.explosion:  # without a mean (NaN) there is no explosion
-            exploded = finite & (high > self.limits.explosion * self.average.clamp(min=1))
-            ok = finite & ~exploded
+        low, high = numbers.aminmax()  # NaN if one is
+        spread = high - low
+        ok = (spread < torch.inf) & self._fits(update)
+        if self.slopes:
+            high = numbers[::2].amax()
+        exploded = self._never
+        if self.limits.explosion:  # both sides times `taken`: before the first step there is no explosion
+            exploded = ok & (high * self.taken > self.limits.explosion * torch.maximum(self.taken, self.level))
+            ok = ok ^ exploded
         update, clipped = self._clip(update)
-        mean = losses.abs().mean()
-        moved = torch.where(self.average.isnan(), mean, self.average + (mean - self.average) / MEMORY)
-        self.average.copy_(torch.where(ok, moved, self.average))
-        self.counts += torch.stack((~ok, exploded, ok & clipped, ok & (low == high)))
-        self.share += ((~ok).double() - self.share) / MEMORY
+        skipped = ~ok
+        seen = (skipped, exploded, clipped & ok, ok & (spread == 0), skipped, torch.where(ok, high, 0.0), ok)
+        self.state.mul_(self._keep).addcmul_(self._gain, torch.stack(seen))
         return update, ok
 
     def _fits(self, update: Update) -> Tensor:
         """Whether the coefficients are finite, and the move stays within the weights' dtype."""
-        size = LARGEST * self._size(update.terms)
-        fits = torch.isfinite(size) if update.by is not None else size <= self.reach
+        reach = self.reach / LARGEST if update.by is None else torch.finfo(torch.float32).max
+        fits = self._size(update.terms) <= reach
         return fits if update.mean is None else fits & torch.isfinite(self._size(update.mean[1]))
 
     def _size(self, terms: Terms) -> Tensor:
         """sum |coef| * largest scale, the scales only where 16 bits could overflow."""
         if not terms:
             return torch.zeros_like(self.share)
-        size = torch.stack([coef for _, coef in terms]).abs().sum()
+        size = terms[0][1].abs() if len(terms) == 1 else torch.stack([coef for _, coef in terms]).abs().sum()
         scales = {getattr(direction, "scale", None) for direction, _ in terms} - {None}  # compared by identity
         if scales and self.reach < 1e30:
             size = size * torch.stack([scale.abs().amax() for scale in scales]).amax()
         return size
 
     def _clip(self, update: Update) -> tuple[Update, Tensor]:
-        size, clip = update.projected_grad.abs(), self.limits.clip
+        clip = self.limits.clip
         if not clip:
-            return update, torch.zeros_like(size, dtype=torch.bool)
+            return update, self._never
+        size = update.projected_grad.abs()
         clipped = size > clip
         share = torch.where(clipped, clip / size, 1.0)
         return replace(update, terms=[(direction, coef * share) for direction, coef in update.terms]), clipped

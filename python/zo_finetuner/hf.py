@@ -152,7 +152,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Each loss is already divided by the number of tokens of the whole window, and the Trainer has multiplied
             # it by the number of processes, whose mean is the window's: a window weighs 1.
-            weights[1:] = 0.0
+            weights[1:].zero_()  # a value set by index comes from the host: no CUDA graph
         return torch.stack((losses, weights))
 
     def step_loss(self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:

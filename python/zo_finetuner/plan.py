@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_finetuner.adapters import Adapter, add_adapter
 from zo_finetuner.devices import GPUS, Device, find_device, present_gpu, probe_cpu
 from zo_finetuner.encoding import Encoded, collate
 from zo_finetuner.errors import InputError, nearest, require_positive
@@ -144,12 +145,13 @@ def make_plan(
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
     graphs: bool = False,
+    adapter: Adapter | None = None,
 ) -> Plan:
     """Predict one step of `source`, a folder with a config.json or a Hub id (of which the config alone is fetched).
 
     batch: rows; seq: tokens of each that are fed, rounded up as `collate` does.  option_tokens: of an answer; default 1
     in classification (one prompt pass scores all candidates), else 16.  graphs: whether steps are captured into CUDA
-    graphs.  Raises InputError."""
+    graphs.  adapter: what is trained instead of the whole model, lora or dora.  Raises InputError."""
     check_method(optimizer, settings=settings)
     if probing not in MODES:
         raise InputError(f'unknown probing "{probing}"{nearest(probing, MODES)}; there are: {", ".join(MODES)}')
@@ -159,6 +161,12 @@ def make_plan(
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq > positions:
         raise InputError(f"seq {seq} exceeds the {positions} positions of {source}")
+    name, computes = type(model).__name__, model.dtype
+    if adapter is not None:
+        if adapter.kind not in ("lora", "dora"):
+            raise InputError(f"adapter {adapter.kind}: starts with what the model says of real tokens, which a config "
+                             f"does not know; it needs next to nothing besides inference")
+        model, name = add_adapter(model, adapter), f"{name} with {adapter.kind}"
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
     method = planned_method(optimizer, model, blocks, batch, settings)
@@ -167,7 +175,7 @@ def make_plan(
         probing = LowRankProbing.mode
     elif probing == "auto":
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
-    name, parameters = type(model).__name__, sum(blocks.numels)
+    parameters = sum(blocks.numels)
     try:
         memory, work, largest = _predict(model, blocks, rows, method, probing, graphs)
     except InputError:
@@ -179,7 +187,7 @@ def make_plan(
         model=source,
         architecture=name,
         parameters=parameters,
-        dtype=kind,
+        dtype=computes,
         optimizer=optimizer,
         probing=probing,
         task=get_task(task).name,
@@ -253,6 +261,7 @@ def _predict(
     batch = {name: tensor.to("meta") for name, tensor in data.items()}
     own = method_bytes(method, blocks)
     whole = copy.deepcopy(model) if method.low_rank else None
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
     once = trace_loss(model, batch)
@@ -287,6 +296,7 @@ def _predict(
             moved=(3 * pairs + 2 * alone) * probed.written + 2 * trained,
             operators=cost.operators,
         )
+    work = replace(work, read=work.read + count * frozen)
     state = sum(t.nbytes for states in _states(method) for t in states)
     work = replace(work, moved=work.moved + 2 * state)
     if learned:

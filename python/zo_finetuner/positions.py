@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -25,8 +24,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
 from zo_finetuner.config import RunConfig
+from zo_finetuner.errors import InputError
 from zo_finetuner.journal import PREFIX, Journal, read_journal
 from zo_finetuner.ranks import joined
+from zo_finetuner.reading import decode, open_file, parse_json, read_lines
 from zo_finetuner.replay import differences, matching_blocks, replay, rerun
 
 logger = logging.getLogger(__name__)
@@ -158,22 +159,26 @@ def best_of(history: list[Entry]) -> Entry | None:
 
 
 def read_log(path: Path) -> list[Entry]:
-    """Entries of a log that may end in the middle of a line."""
+    """Entries of a log that may end in the middle of a line.  What stands behind a broken line is not believed."""
+    if not path.exists():
+        return []
     entries = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entries.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    whole = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
-    return [entry for entry in whole if "loss" in entry or "eval_loss" in entry]
+    for place, line in read_lines(path):
+        try:
+            entry = parse_json(decode(line, place), place, "", finite=False)
+        except InputError:
+            break
+        if isinstance(entry, dict) and type(entry.get("step")) is int and entry["step"] >= 0:
+            losses = [entry[name] for name in ("loss", "eval_loss") if name in entry]
+            if losses and all(type(loss) in (int, float) for loss in losses):
+                entries.append(entry)
+    return entries
 
 
 def _has_header(path: Path) -> bool:
     """Whether a journal was begun: a run may have been killed while it wrote the header."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(PREFIX)
-            return len(start) == PREFIX and path.stat().st_size >= PREFIX + int.from_bytes(start[-4:], "little") + 4
-    except OSError:
+    if not path.exists():
         return False
+    with open_file(path) as stream:
+        start = stream.read(PREFIX)
+        return len(start) == PREFIX and stream.seek(0, 2) >= PREFIX + int.from_bytes(start[-4:], "little") + 4

@@ -145,7 +145,7 @@ class Ranks:
         try:
             dist.all_gather(list(out.unbind()), wire)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's place and advice
             raise RankLost(f"a rank has died or does not answer, rank {self.rank} was told: {reason}") from error
         self.sent += wire.nbytes
         self.received += (self.size - 1) * wire.nbytes

@@ -23,7 +23,7 @@ from zo_finetuner.yaml_file import read_yaml
 logger = logging.getLogger(__name__)
 
 JOURNAL, LOG = "journal.zoj", "log.jsonl"
-OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", JOURNAL, LOG)
+OWN_FILES = ("config.yaml", "result.json", "before.json", "curve.png", "report.html", JOURNAL, LOG)
 #: Settings in which a resumed run may differ from the one before: they change no weight.
 FREE = {"resume", "overwrite", "output_dir", "logging_steps", "report_to", "save_model", "max_skipped", "graphs",
         "probe_ranks", "push_to_hub"}

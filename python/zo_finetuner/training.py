@@ -1,8 +1,8 @@
 """The main job: `zo train`.  Rows -> checked -> encoded -> Trainer with zeroth-order steps -> result.json.
 
 Everything that can be wrong with the input is found before the output folder is made.  OUT holds afterwards:
-config.yaml (as resolved), journal.zoj (every step), log.jsonl, curve.png, model/ (best on dev), checkpoint-N/, and last
-of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
+config.yaml (as resolved), journal.zoj (every step), log.jsonl, model/ (best on dev), checkpoint-N/, report.html,
+curve.png, and last of all result.json.  A run that is interrupted, killed or out of disk space goes on with --resume.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from zo_finetuner.agreement import agreed, data_facts, digest, exchange, model_facts, require_same
 from zo_finetuner.config import RunConfig
-from zo_finetuner.curves import draw_curves
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
@@ -38,7 +37,9 @@ from zo_finetuner.ranks import Ranks, divided, joined, leads
 from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.replay import branch_off
+from zo_finetuner.report_page import PAGE, PICTURE, write_report
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
+from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
 
 AGAIN = "remove the file, and it is measured again"
@@ -84,7 +85,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     work = make_workload(config)
     require_fits(config)
     model, tokenizer = load_base(config)
-    graphs = use_graphs(config.graphs, model) and not joined()
+    graphs = not joined() and use_graphs(config.graphs, model)
     limit = context_length(model, config.max_length)
     splits = {split: work.encode(split, tokenizer, limit) for split in SPLITS}
     method = make_method(
@@ -165,7 +166,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(str(saved))
             write_card(saved, engine, _facts(config, trainer, result))
-    draw_curves(out / "curve.png", {config.optimizer: history}, f"{work.name}, dev rows")
+    write_report([Run(str(out), result["config"], history, result)], out / PAGE, out / PICTURE)
     write_json(out / "result.json", result)
     if config.push_to_hub:
         print(f"pushed to {push_run(out, config.push_to_hub)}", flush=True)

@@ -39,8 +39,8 @@ def saved_state(out: Path, outcome: dict[str, Any], *, resume: bool, overwrite: 
     if different:
         name = different[0]
         raise InputError(
-            f"cannot resume {out}: {name} was {shown(theirs.get(name))} and is {mine[name]!r}; give the same settings, "
-            f"or another --output-dir"
+            f"cannot resume {out}: {name} was {shown(repr(theirs.get(name)))} and is {mine[name]!r}; give the same "
+            f"settings, or another --output-dir"
         )
     return state
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from zo_finetuner.encoding import Encoded, cut_left, special_tokens, text_tokens
 from zo_finetuner.errors import InputError
-from zo_finetuner.own.chat import encode_chat, prompt_ids, require_template, shared_length
+from zo_finetuner.own.chat import Chat, require_template, shared_length
 from zo_finetuner.own.formats import Format, OwnRow
 
 
@@ -91,14 +91,15 @@ def _tokens(row: dict[str, Any], format: Format, tokenizer: Any) -> Tokens:
 
 
 def _chat_tokens(row: dict[str, Any], format: Format, tokenizer: Any) -> Tokens:
+    chat = Chat(tokenizer, row["tools"] if isinstance(row.get("tools"), list) else None)
     if format.name == "prompt":
-        ids = prompt_ids(tokenizer, row["prompt"])
+        ids = chat.prompt(row["prompt"])
         return Tokens(ids, [], ids, _leading(tokenizer, ids))
     given = len(row["prompt"]) if format.name == "prompt-completion" else 0
     messages = [*row["prompt"], *row["completion"]] if given else row["messages"]
-    ids, learned = encode_chat(tokenizer, messages, given)
+    ids, learned = chat.encode(messages, given)
     last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = prompt_ids(tokenizer, messages[: given or last]) if given or last else ids[:1]
+    prompt = chat.prompt(messages[: given or last]) if given or last else ids[:1]
     return Tokens(ids, [place for place in learned if place > 0], prompt, _leading(tokenizer, ids))
 
 

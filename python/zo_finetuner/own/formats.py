@@ -7,7 +7,8 @@
     prompt              {"prompt": "..."}, or such a list: for an objective of one's own only
 
 Columns of other names are mapped, `{"prompt": "question"}`.  Only one format may fit the first row (with a mapping, of
-those that have the mapped columns), and every other row must be of that; other columns do not matter.
+those that have the mapped columns), and every other row must be of that.  Other columns do not matter, but for `tools`
+of a conversation, a list that the chat template is given.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def check_rows(
             fault = _messages_fault(row[name], name) if format.chat else _text_fault(row[name], name)
             if fault:
                 raise InputError(f"{place}: {fault}")
+            if format.chat:  # tables fill the keys that a message has not with None, which templates take for there
+                row[name] = [{k: v for k, v in message.items() if v is not None} for message in row[name]]
         checked.append(OwnRow(place, row))
     return known, checked
 
