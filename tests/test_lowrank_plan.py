@@ -68,11 +68,11 @@ def test_forwards_and_passes(folder):
 
 def test_a_large_model_keeps_to_the_memory_of_inference(published):  # noqa: F811
     plan = make_plan(str(published / "llama-3.2-1b"), batch=16, seq=32, optimizer="lozo")
-    assert 1 < plan.memory.ratio <= 1.05 and plan.memory.method < 1e-3 * plan.memory.weights
+    assert 1 < plan.memory.ratio <= 1.05 and plan.memory.method < 3e-3 * plan.memory.weights
 
 
 def test_the_verb_says_what_is_counted(folder, capsys):
-    assert main(["plan", "--model", str(folder), "--optimizer", "lozo", "--device", "h100"]) == 0
+    assert main(["plan", "--model", str(folder), "--seq", "64", "--optimizer", "lozo", "--device", "h100"]) == 0
     text = capsys.readouterr().out
     assert "lozo, lowrank probing" in text and "factors and copies of vectors" in text
 

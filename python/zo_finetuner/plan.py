@@ -296,7 +296,7 @@ def _predict(
             moved=(3 * pairs + 2 * alone) * probed.written + 2 * trained,
             operators=cost.operators,
         )
-    work = replace(work, read=work.read + count * frozen)
+    work = replace(work, read=work.read + (work.forwards if method.low_rank else count) * frozen)
     state = sum(t.nbytes for states in _states(method) for t in states)
     work = replace(work, moved=work.moved + 2 * state)
     if learned:
