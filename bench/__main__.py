@@ -19,6 +19,7 @@ MEASURED = {
     "plan": ("bench.planned", "what `zo plan` predicts of a step of 1B, 8B and 30B models on an H100 and an H200"),
     "recipes": ("bench.recipes", "what `zo plan` predicts of every recipe, or a few steps of each on a small model"),
     "sass": ("bench.predict", "the Triton kernels compiled for sm_90: instructions per element, predicted share"),
+    "journal": ("bench.journal", "what a journal costs a step, and how fast a run is rebuilt from it"),
     "scaling": ("bench.scaling", "data-parallel steps simulated to 1,000 workers, from measured steps and bytes"),
     "acceptance": ("bench.acceptance", "the main job on real input: SST-2 on a 6M-parameter Llama (CPU)"),
     "quality": ("bench.quality.command", "learned scales against MeZO and the honest controls, at equal forwards"),

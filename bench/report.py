@@ -22,10 +22,12 @@ from bench.recipe_table import table_of as recipes
 from bench.rows import newest, read
 from bench.step_tables import headline, step
 from bench.tables import Row
+from bench.when_tables import first_order, memory
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "headline": headline, "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance,
     "quality": quality, "methods": methods, "recipes": recipes,
+    "first-order": first_order, "memory": memory,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")
 

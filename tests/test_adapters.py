@@ -55,6 +55,13 @@ def adapted(kind, model=None, count=3):
     return model.eval()
 
 
+def require_peft_of_gemma2():
+    if peft.__version__.startswith("0.18."):
+        with pytest.raises(InputError, match="does not read it as it reads tokens"):
+            add_adapter(make("Gemma2", "eager"), Adapter("prefix", tokens=3))
+        pytest.skip("PEFT 0.18 with transformers 5.0 puts a prefix of Gemma 2 in the wrong place; it is refused")
+
+
 class Noted(MeZO):
     def __init__(self):
         super().__init__()
@@ -114,6 +121,8 @@ def test_saved_in_pefts_format_and_loaded_it_answers_the_same(kind, tmp_path):
 @torch.no_grad()
 def test_packed_and_padded_losses_are_those_of_one_sequence_at_a_time(name, attention, kind):
     """Virtual tokens before rows that sequences share: each sees them, and stands behind them."""
+    if (name, kind) == ("Gemma2", "prefix"):
+        require_peft_of_gemma2()
     model = adapted(kind, make(name, attention))
     assert can_pack(model)
     for packed in (True, False):
@@ -151,6 +160,7 @@ def test_probes_of_packed_rows(kind, probing):
 
 @torch.no_grad()
 def test_a_prefix_longer_than_a_layers_window_is_padded_and_told(caplog):
+    require_peft_of_gemma2()
     model = adapted("prefix", make("Gemma2", "eager"), count=3)
     assert can_pack(model)
     base, virtual = make("Gemma2", "eager"), 6  # a window of 4

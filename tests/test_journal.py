@@ -17,7 +17,7 @@ from zo_finetuner.journal_writer import JournalWriter
 from zo_finetuner.loading import load_model
 from zo_finetuner.optim import MeZO
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
-from zo_finetuner.recorder import Recorder
+from zo_finetuner.recorder import IN_FLIGHT, Recorder
 from zo_finetuner.replay import replay
 from zo_finetuner.training import train
 
@@ -163,3 +163,39 @@ def test_zo_train_keeps_a_journal_and_its_base_gives_the_weights(tmp_path):
     assert_same(base, load_model(str(out / "model"))[0].state_dict())
     train(dataclasses.replace(config, journal=False, overwrite=True))
     assert not (out / "journal.zoj").exists()
+
+
+class Late:
+    """The event of a copy that has not arrived before somebody waits for it."""
+
+    def __init__(self, row, content):
+        self.row, self.content, self.done = row, content, False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.row.copy_(self.content)
+        self.done = True
+
+
+def test_rows_that_arrive_late_are_written_whole_and_in_order(tmp_path):
+    model = tiny("llama-tied", torch.bfloat16)
+    early, late = (Recorder(tmp_path / name) for name in ("early", "late"))
+    optimizer = ZOOptimizer(model, MeZO(), lr=1e-3, eps=1e-2, journal=early)
+    late.before(optimizer.engine)
+    sent = []
+    for step in range(IN_FLIGHT + 3):
+        optimizer.step(lambda told=1.0 + step: torch.tensor(told))
+        if late._writer is None:
+            late._row = early._row
+            optimizer.engine.step_count = 0
+            late._open(optimizer.engine)
+            optimizer.engine.step_count = 1
+        row = torch.zeros_like(early._row.bytes)
+        sent.append(Late(row, early._row.bytes.clone()))
+        late.expect(step, 0, row, sent[-1])
+        assert sum(event.done for event in sent) == max(0, step + 1 - IN_FLIGHT)  # nobody waits before it must
+    late.close()
+    early.close()
+    assert (tmp_path / "late").read_bytes() == (tmp_path / "early").read_bytes()

@@ -28,7 +28,7 @@ def now(monkeypatch):
 
 def step(speed, now, seconds, tokens=30):
     speed.on_step_begin(None, None, None)
-    speed.count([{"input_ids": torch.zeros(tokens // 3, 3)}])
+    speed.count([{"input_ids": torch.zeros(tokens // 6, 3)}], ranks=2)
     now.at += seconds
     speed.on_step_end(None, None, None)
 

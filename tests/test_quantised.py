@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from references import ANSWERS, SINGLE, make, reference_loss
 from test_adapters import EPS, Noted, adapted, own_loss, train
 
 from zo_finetuner.adapters import ADAPTERS, Adapter
+from zo_finetuner.cli import main
 from zo_finetuner.encoding import collate
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
@@ -106,7 +108,13 @@ def test_bitsandbytes_on_a_gpu(name, tmp_path):
         assert torch.isfinite(torch.cat(engine.method.told)).all()
 
 
-def test_zo_train_on_an_int8_base(tmp_path):
+def test_zo_train_and_zo_eval_on_an_int8_base(tmp_path, capsys):
     save_model(tmp_path / "model")
     save_rows(tmp_path / "sst2")
     assert train(tmp_path, tmp_path / "out", "--adapter", "prefix", "--quantize", "int8") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", "--model", str(tmp_path / "out" / "model"), "--task", "sst2", "--data", str(tmp_path / "sst2"),
+                 "--num-eval", "16", "--quantize", "int8"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["eval_loss_after"], rel=1e-5)
+    assert "quantised (Int8Tensor)" in (tmp_path / "out" / "model" / "README.md").read_text()

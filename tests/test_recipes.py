@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from bench import recipe_table
+from bench import recipe_table, when_tables
 from bench.recipes import FOLDER, SHAPES, plan_of, recipes
 from zo_finetuner.config import RunConfig
 
@@ -47,6 +47,12 @@ def test_the_table_says_what_was_run(monkeypatch):
     assert "| Llama-3.1-8B, all weights, bf16 | rte |" in text
     assert "| 16.0 GiB |  |  | 250 ms | 6 steps on tiny, CPU |" in text
     assert text.count("| no |") == len(FOUND) - 1
+
+
+def test_memory_is_of_the_models_that_are_trained_whole():
+    row = {"case": "recipes", "provider": "full-opt-30b", "date": "1", "metric": "adam_bytes", "p50": 2.0**40}
+    text = when_tables.memory([row])
+    assert "| opt-30b, bfloat16 |  |  | 1024.0 GiB |" in text and "Llama-3.1-8B" in text and "Llama-3.2-1B" not in text
 
 
 @pytest.mark.parametrize(("more", "what"), [

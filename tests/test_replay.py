@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from models import tiny, tokens
 
+from zo_finetuner.errors import InputError
 from zo_finetuner.journal import read_journal
 from zo_finetuner.optim import METHODS, make_method
-from zo_finetuner.optimizer import create_zo_optimizer
+from zo_finetuner.optim.composed import Composed
+from zo_finetuner.optim.rules import Momentum
+from zo_finetuner.optim.scales import Constant
+from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
+from zo_finetuner.params import trainable_blocks
 from zo_finetuner.replay import engine_of, replay, rerun
 
 STEPS = 7
@@ -94,3 +100,81 @@ def test_learned_nets_rerun_to_the_runs_own_memory(tmp_path):
     assert ours.keys() == theirs.keys() and engine.step_count == STEPS
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
+
+
+def test_merges_that_an_evaluation_asked_for_are_repeated(tmp_path):
+    """LOZO: reading the model between steps merges what was collected, which rounds 16-bit weights once more."""
+    model = tiny("llama-tied", torch.bfloat16)
+    base, twin = copy.deepcopy(model), copy.deepcopy(model)
+    for name, trained, evaluates in (("plain", twin, False), ("evaluated", model, True)):
+        optimizer = create_zo_optimizer(trained, "lozo", lr=1e-2, eps=1e-2, journal=tmp_path / name)
+        for step in range(4):
+            optimizer.step(loss_of(trained, step))
+            if evaluates and step == 1:
+                loss_of(trained, step)()
+        optimizer.close()
+    assert any(not torch.equal(a, b) for a, b in zip(snapshot(twin).values(), snapshot(model).values(), strict=True))
+    replay(base, read_journal(tmp_path / "evaluated"))
+    assert_same(base, snapshot(model))
+
+
+DOC = Path(__file__).resolve().parent.parent / "docs" / "journal.md"
+
+
+def test_the_table_of_methods_is_what_the_journals_say(tmp_path):
+    lines = [line for line in DOC.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    told = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    for name in METHODS:
+        if name == "closed-form":  # needs a file of scales
+            continue
+        assert told[name] == (row := method_row(tmp_path, name)), f"| `{name}` | " + " | ".join(row) + " |"
+
+
+def method_row(folder, name):
+    """How a run is rebuilt that is probed through a scratch, in place, and the bytes of a step of the former."""
+    cells, kinds = [], {"sum": "from the records", "rerun": "by its rule"}
+    for probing in ("inplace", "scratch"):
+        low_rank = make_method(name, tiny("llama-tied")).low_rank and probing == "scratch"
+        try:
+            run(folder / f"{name}-{probing}", name, probing="auto" if low_rank else probing, steps=1)
+        except InputError:
+            cells.append("-")
+        else:
+            header = read_journal(folder / f"{name}-{probing}").header
+            cells.append(kinds[header.kind])
+    layout = header.record
+    scales = " + 2 a block" if layout.scales and layout.scale_bytes == 2 else ""
+    return [cells[1], cells[0], f"{layout.size - layout.scales * layout.scale_bytes}{scales}"]
+
+
+def test_a_method_made_by_hand_is_rebuilt_from_the_records_or_asked_for(tmp_path):
+    model = tiny("llama-tied", torch.bfloat16)
+    base, path = copy.deepcopy(model), tmp_path / "fixed.zoj"
+    fixed = Constant(torch.linspace(0.3, 3.0, len(trainable_blocks(model))))
+    optimizer = ZOOptimizer(model, Composed(scales=fixed), lr=1e-3, eps=1e-2, journal=path)
+    for step in range(3):
+        optimizer.step(loss_of(model, step))
+    journal = read_journal(path)
+    assert journal.header.record.scales == 0 and len(journal.header.fixed_scales) == 4 * len(fixed.fixed)
+    replay(copied := copy.deepcopy(base), journal)
+    assert_same(copied, snapshot(model))
+
+    model = copy.deepcopy(base)
+    optimizer = ZOOptimizer(model, Composed(rule=Momentum()), lr=1e-3, eps=1e-2, journal=tmp_path / "momentum.zoj")
+    for step in range(3):
+        optimizer.step(loss_of(model, step))
+    journal = read_journal(tmp_path / "momentum.zoj")
+    with pytest.raises(InputError, match=r"made by hand: call replay\(model, journal, method=...\)"):
+        replay(base, journal)
+    replay(base, journal, method=Composed(rule=Momentum()))
+    assert_same(base, snapshot(model))
+
+
+def test_a_journal_of_fewer_losses_than_its_method_asks_for_leaves_the_weights(tmp_path):
+    base, _, _ = run(tmp_path / "j.zoj", "zo-adam", steps=2)
+    before = snapshot(base)
+    greedy = make_method("zo-adam", base, settings={"probes": 3})
+    with pytest.raises(InputError, match="has 2 losses a step"):
+        replay(base, read_journal(tmp_path / "j.zoj"), method=greedy)
+    for name, tensor in base.state_dict().items():
+        assert (tensor - before[name]).abs().max() < 1e-6, name  # in place, so to rounding

@@ -58,7 +58,9 @@ def test_sft_trainer_takes_our_steps(folder, tmp_path):
     batch = next(iter(whole.get_train_dataloader()))
     with torch.no_grad():
         own = before(input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=batch["attention_mask"]).loss
-    assert losses(whole)[0] == pytest.approx(float(own), abs=2e-2)  # eps 1e-2 to both sides
+    counted = [(labels != -100).sum() for labels in (batch["labels"][:, 1:], batch["labels"])]
+    divided = (float(own), float(own * counted[0] / counted[1]))  # transformers 5.0 also counts the first tokens
+    assert any(losses(whole)[0] == pytest.approx(expected, abs=2e-2) for expected in divided)  # eps 1e-2 to both sides
     metrics = whole.evaluate()
     assert metrics["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])  # nothing of training is left in it
     whole.save_model(str(tmp_path / "saved"))

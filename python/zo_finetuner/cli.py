@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     from zo_finetuner.config import add_flags, add_settings_flag
     from zo_finetuner.learning.command import add_commands
     from zo_finetuner.loading import DTYPES
+    from zo_finetuner.quantised import QUANTISATIONS
 
     parser = argparse.ArgumentParser(prog="zo", description="Fine-tune language models with forward passes only.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--objective", help="measure by an objective of your own, FILE.py:NAME or MODULE:NAME")
     evaluate.add_argument("--maximize", action="store_true", help="it is one of which more is better")
     evaluate.add_argument("--dtype", default="auto", choices=DTYPES)
+    evaluate.add_argument("--quantize", choices=QUANTISATIONS, help="of an adapter's base, as in training")
     evaluate.add_argument("--batch-size", type=int, default=32)
     evaluate.add_argument("--num-eval", type=int, help="test rows; default: the protocol's, or all of your own")
     evaluate.add_argument("--max-length", type=int, default=2048)
@@ -193,7 +195,7 @@ def _eval(arguments: dict[str, Any]) -> None:
     )
     config.check_data(config.data or config.test_data)
     work = make_workload(config)
-    model, tokenizer = load_model(arguments["model"], arguments["dtype"])
+    model, tokenizer = load_model(arguments["model"], arguments["dtype"], quantize=arguments["quantize"])
     encoded = work.encode("test", tokenizer, context_length(model, arguments["max_length"]))
     values = work.evaluate(model, encoded, tokenizer, arguments["batch_size"], progress=True)
     print(json.dumps(values, indent=2))

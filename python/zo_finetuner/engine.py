@@ -46,13 +46,17 @@ LossOf = Callable[[Any], Tensor | float]
 
 
 class Given:
-    """In place of a loss function: the losses of a step that is repeated from a journal, in their order."""
+    """In place of a loss function: the losses of a step that is repeated from a journal, in their order.  InputError
+    where a method asks for more than there are."""
 
     def __init__(self, losses: Tensor):
         self._losses, self._next = losses, 0
 
     def take(self, count: int) -> Tensor:
         self._next += count
+        if self._next > len(self._losses):
+            raise InputError(f"the journal has {len(self._losses)} losses a step, its method asks for more: it is "
+                             f"not this method's run")
         return self._losses[self._next - count : self._next]
 
 

@@ -132,7 +132,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)  # the window's last micro-batch reports for all
-        self._speed.count(self._window)
+        self._speed.count(self._window, self._ranks.data if self._ranks else 1)
         window, self._window = [dict(batch) for batch in self._window], []
         self._stepped_model = model
         with self.compute_loss_context_manager():
@@ -188,6 +188,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         if "loss" in logs and isinstance(self.zo_optimizer, ZOOptimizer):
             numbers = self.zo_optimizer.engine.metrics() | self._speed.since_last_log()
             logs |= {f"zo/{name}": value for name, value in numbers.items()}
+            logs["grad_norm"] = abs(numbers["projected_grad"])  # transformers 5.0 asks for no `_get_grad_norm`
         super().log(logs, *args, **kwargs)
 
 

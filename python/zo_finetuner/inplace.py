@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo_finetuner.optim.base import Probe, Update
@@ -26,6 +27,7 @@ class InPlaceProbing:
     def __init__(self, model: nn.Module, blocks: Blocks):
         self.blocks = blocks
         self._displaced: Probe | None = None
+        self._owed: list[Terms] = []  # ways that were passed by and are not made yet
 
     @contextlib.contextmanager
     def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
@@ -35,9 +37,19 @@ class InPlaceProbing:
         yield
 
     def pass_by(self, probe: Probe) -> None:
-        """What a probe does to the weights, without an evaluation."""
-        with self.at(probe):
-            pass
+        """What a probe does to the weights, without an evaluation.  Nobody looks at them there, so that fp32 weights,
+        which are not rounded between passes, are moved all ways at once: along one z, which is made once."""
+        here, self._displaced = self._displaced, probe
+        self._owed += _passes(here, probe)
+
+    def _pay(self) -> None:
+        owed, self._owed = [terms for terms in self._owed if terms], []
+        whole = [term for terms in owed for term in terms]
+        exact = all(tensor.dtype == torch.float32 for tensor in self.blocks.tensors)
+        if exact and owed and together(whole) and (whole[0][0].form is None or whole[0][0].form.kind == "weighted"):
+            owed = [whole]
+        for terms in owed:
+            apply_terms(self.blocks, terms)
 
     def measure(self) -> None:
         """Nothing to measure: an in-place probe rounds to nearest."""
@@ -47,8 +59,8 @@ class InPlaceProbing:
 
     def restore(self) -> None:
         here, self._displaced = self._displaced, None
-        for terms in _passes(here, None):
-            apply_terms(self.blocks, terms)
+        self._owed += _passes(here, None)
+        self._pay()
 
     def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
         back = [] if self._displaced is None else _back(self._displaced)
@@ -56,6 +68,7 @@ class InPlaceProbing:
             # decay * (theta + c z) - decay * c z: the way back shares the pass, whatever the update's directions are.
             if decay is not None:
                 back = [(direction, coef * decay) for direction, coef in back]
+            self._pay()
             update, self._displaced = replace(update, terms=[*back, *update.terms]), None
         else:  # a state is of the update alone, and a curvature that it changes is that of the way back
             self.restore()

@@ -48,34 +48,39 @@ def load_model(
     A checkpoint goes to the GPU tensor by tensor from its memory-mapped files: the host holds pages of the files,
     which the kernel may drop, and at most a few tensors that are being cast.
     Raises InputError: a missing file, truncated or integer weights, an unknown architecture."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
     base = adapter_base(source)
-    if base is not None:
-        if adapter is not None:
-            raise InputError(f"model {source}: is an adapter already; leave --adapter, or give its base {base}")
-        model, tokenizer = load_model(base, dtype, random_weights=random_weights, quantize=quantize)
-        return load_adapter(model, source).to(model.device).eval(), tokenizer
-    if _is_local(source):
-        check_folder(Path(source), weights=not random_weights, integers=adapter is not None)
+    if base is not None and adapter is not None:
+        raise InputError(f"model {source}: is an adapter already; leave --adapter, or give its base {base}")
     if device is None:
         gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    quantised = adapter is not None or base is not None  # they may stand on integers
+    model, tokenizer = _load_whole(base or source, dtype, random_weights, quantize, device, quantised)
+    if base is not None:
+        model = load_adapter(model, source).to(device)
+    if adapter is not None:
+        model = add_adapter(model, adapter, seed)
+    return model.eval(), tokenizer
+
+
+def _load_whole(
+    source: str, dtype: str, random_weights: bool, quantize: str | None, device: torch.device, integers: bool
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    if _is_local(source):
+        check_folder(Path(source), weights=not random_weights, integers=integers)
     hf_logging.disable_progress_bar()
     with told_as_input_error(f"model {source}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if random_weights:
-            model = random_model(source, dtype, device)
-        else:
-            # Without a map the model is put together on the host, and cast there where dtypes differ.
-            where = {"device_map": {"": device}} if device.type != "cpu" else {}
-            if quantize:
-                where["quantization_config"] = quantisation(quantize)
-            model = _whole_model(source, dtype=dtype, **where)
-    if adapter is not None:
-        model = add_adapter(model, adapter, seed)
-    return model.eval(), tokenizer
+            return random_model(source, dtype, device), tokenizer
+        # Without a map the model is put together on the host, and cast there where dtypes differ.
+        where = {"device_map": {"": device}} if device.type != "cpu" else {}
+        if quantize:
+            where["quantization_config"] = quantisation(quantize)
+        return _whole_model(source, dtype=dtype, **where), tokenizer
 
 
 def _whole_model(source: str, **how: Any) -> nn.Module:

@@ -32,9 +32,10 @@ class Speed(TrainerCallback):
         self._ended = 0.0
         self._away = False  # something besides training came after the last step
 
-    def count(self, window: Iterable[Mapping[str, Any]]) -> None:
-        """A step's micro-batches: places of `input_ids` are tokens that each forward reads, padding included."""
-        self._tokens += sum(batch["input_ids"].numel() for batch in window if "input_ids" in batch)
+    def count(self, window: Iterable[Mapping[str, Any]], ranks: int = 1) -> None:
+        """A step's micro-batches: places of `input_ids` are tokens that each forward reads, padding included.  ranks:
+        processes with rows of their own, which are taken to have as many."""
+        self._tokens += ranks * sum(batch["input_ids"].numel() for batch in window if "input_ids" in batch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()

@@ -75,8 +75,7 @@ class Recorder:
             slot.copy_(self._row.bytes, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(engine.device))
-            self._sent.append((engine.step_count, flags, slot, arrived))
-            self._write_arrived(IN_FLIGHT)
+            self.expect(engine.step_count, flags, slot, arrived)
         else:
             self._write(engine.step_count, flags, self._row.bytes)
         self._merges = getattr(engine.probing, "merges", 0)
@@ -84,6 +83,12 @@ class Recorder:
     def goes_on(self, engine: Any) -> None:
         """An engine was brought to the step where this journal ends: merges from now on belong to the next step."""
         self._merges = getattr(engine.probing, "merges", 0)
+
+    def expect(self, step: int, flags: int, row: Tensor, arrived: Any) -> None:
+        """A row is on its way to the host; arrived: its event.  Those that have arrived are written, in order, and the
+        oldest is waited for when too many have not."""
+        self._sent.append((step, flags, row, arrived))
+        self._write_arrived(IN_FLIGHT)
 
     def sync(self) -> None:
         """Every step so far on the disk: waits for the device, and for the disk."""
