@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from transformers import TrainerCallback, TrainerState
 from zo_finetuner.config import RunConfig
 from zo_finetuner.errors import InputError
 from zo_finetuner.journal import PREFIX, Journal, read_journal
+from zo_finetuner.loading import load_model
 from zo_finetuner.ranks import joined
 from zo_finetuner.reading import decode, open_file, parse_json, read_lines
-from zo_finetuner.replay import differences, matching_blocks, replay, rerun
+from zo_finetuner.replay import branch_off, differences, matching_blocks, replay, rerun
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,19 @@ class _MakesUp(TrainerCallback):
             self._trainer._determine_best_metric(self._trainer.evaluate(), None)
 
 
-def take_best(model: nn.Module, journal: Path, history: list[Entry], begin_again: Callable[[nn.Module], None]) -> None:
-    """Bring a model from its last weights to those of the best evaluated step.  begin_again: to its first."""
+@torch.no_grad()
+def take_best(config: RunConfig, model: nn.Module, journal: Path, history: list[Entry]) -> None:
+    """Bring a model from its last weights to those of the best evaluated step, by way of its first ones: they are read
+    again on the host, so that no second model is on the device."""
     best, read = best_of(history), read_journal(journal)
-    if best is not None and best["step"] < read.steps:
-        begin_again(model)
-        replay(model, read, best["step"])
+    if best is None or best["step"] == read.steps:
+        return
+    base, _ = load_model(config.model, config.dtype, device=torch.device("cpu"))
+    for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
+        own.copy_(first)
+    if config.branch:
+        branch_off(model, config.branch)
+    replay(model, read, best["step"])
 
 
 def best_of(history: list[Entry]) -> Entry | None:

@@ -131,7 +131,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     seconds, training = time.perf_counter() - started, _peak_bytes()
     history = trainer.state.log_history
     if journalled and config.checkpoints:
-        take_best(model, out / JOURNAL, history, partial(begin_again, config))
+        take_best(config, model, out / JOURNAL, history)
     best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
@@ -183,16 +183,6 @@ def load_base(config: RunConfig) -> tuple[nn.Module, Any]:
     if config.branch:
         branch_off(model, config.branch)
     return model, tokenizer
-
-
-@torch.no_grad()
-def begin_again(config: RunConfig, model: nn.Module) -> None:
-    """Give a model without adapters the weights of `load_base` again, in place; a second one is on the host only."""
-    base, _ = load_model(config.model, config.dtype, device=torch.device("cpu"))
-    for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
-        own.copy_(first)
-    if config.branch:
-        branch_off(model, config.branch)
 
 
 def _trainer(
