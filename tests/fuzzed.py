@@ -41,6 +41,8 @@ from zo_finetuner.own.splits import load_own
 from zo_finetuner.pertnn import PertNN
 from zo_finetuner.pertnn_io import METADATA_KEY, load_pertnn
 from zo_finetuner.positions import best_of, read_log
+from zo_finetuner.report_page import html_page
+from zo_finetuner.runs import grouped, read_run
 from zo_finetuner.scale_net import ScaleNet
 from zo_finetuner.state_files import digest, write_state
 from zo_finetuner.tasks import get_task
@@ -445,6 +447,27 @@ def read_a_log(folder: Path) -> None:
         raise InputError(f"{folder}: {len(entries)} entries are left")
 
 
+RESULT = {"steps": 20, "forwards": 40, "seconds": 1.5, "metric": "accuracy", "eval_loss_before": 0.7, "eval_rows": 8,
+          "eval_loss_after": 0.5, "eval_metric_before": 0.5, "eval_metric_after": 0.75, "skipped_steps": 0,
+          "peak_bytes": {"training": None}, "data": {"origin": {"train": "a"}}}  # fmt: skip
+
+
+@st.composite
+def run_folders(draw: Any) -> dict[str, bytes]:
+    """What `zo train` leaves: settings, log and result, one of them broken."""
+    log = {"loss": 1.5, "eval_loss": 2.5, "zo/seconds_per_step": 0.1, "step": 2}
+    files = {"config.yaml": encoded(json.dumps(SETTINGS)), "log.jsonl": encoded(json.dumps(log) + "\n"),
+             "result.json": encoded(json.dumps(RESULT))}  # fmt: skip
+    broken = {"config.yaml": yaml_like(), "log.jsonl": lines_like(log), "result.json": edited(RESULT).map(encoded)}
+    name = draw(st.sampled_from(sorted(files)))
+    return files | {name: draw(sometimes_mangled(broken[name]))}
+
+
+def read_a_run(folder: Path) -> None:
+    runs = [read_run(folder)]
+    html_page(runs, grouped(runs)).encode()
+
+
 READERS = {
     **{
         f"learned scales, {kind}": Reader(
@@ -455,6 +478,7 @@ READERS = {
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
     "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
     "log": Reader(logs(), read_a_log),
+    "report of a run": Reader(run_folders(), read_a_run, cost=10),
     "checkpoint": Reader(checkpoint_folders(), read_checkpoint),
     "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(

@@ -260,6 +260,15 @@ def test_an_adapter_that_covers_nothing():
         add_adapter(tiny("llama"), Adapter("lora", targets="nowhere"))
 
 
+def test_a_torchao_that_peft_does_not_know_is_told(monkeypatch):
+    def of_another_age(*_):
+        raise ImportError("cannot import name 'LinearActivationQuantizedTensor' from 'torchao.quantization'")
+
+    monkeypatch.setattr(peft, "get_peft_model", of_another_age)
+    with pytest.raises(InputError, match="adapter lora: cannot import name 'LinearActivationQuantizedTensor'"):
+        add_adapter(tiny("llama"), Adapter("lora"))
+
+
 def test_a_prefix_where_none_can_be():
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**SMALL))
     with pytest.raises(InputError, match="MambaForCausalLM has layers without keys and values"):

@@ -35,7 +35,7 @@ def int8(model):
 def test_probes_of_an_adapter_on_int8(kind, probing):
     model = adapted(kind, int8(tiny("llama")))
     name, quantised = quantised_tensor(model)
-    assert quantised == "Int8Tensor"
+    assert quantised in ("Int8Tensor", "AffineQuantizedTensor")  # torchao 0.18, and 0.14
     before = {n: (p.dequantize() if form(p) else p).detach().clone() for n, p in model.named_parameters()}
 
     expected = []

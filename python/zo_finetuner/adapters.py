@@ -100,7 +100,7 @@ def add_adapter(model: nn.Module, adapter: Adapter, seed: int = 0) -> nn.Module:
         )
     try:
         wrapped = peft.get_peft_model(model, config)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, ImportError) as error:  # of a torchao it does not know
         hint = "; name the layers: --lora-targets q_proj,v_proj or all-linear" if "target_modules" in str(error) else ""
         raise InputError(f"adapter {adapter.kind}: {' '.join(str(error).split())[:300]}{hint}") from None
     wrapped.to(model.device).train(training)

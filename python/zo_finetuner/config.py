@@ -213,7 +213,7 @@ def resolve(flags: dict[str, Any]) -> RunConfig:
     for key in values:
         if key not in kinds:
             raise InputError(f'{path}: unknown key "{shown(key)}"{nearest(str(key)[:80], kinds)}')
-    settings = {k: _convert(v, kinds[k], f'{path}: key "{k}"') for k, v in values.items()}
+    settings = typed(values, path)
     for name in ("set", "columns"):
         if name in flags:
             settings[name] = settings.get(name, {}) | parse_settings(flags.pop(name), f"--{name}")
@@ -231,6 +231,12 @@ def from_values(values: dict[str, Any], where: str) -> RunConfig:
     release does not know.  where: names them.  Raises InputError for a wrong type."""
     kinds = typing.get_type_hints(RunConfig)
     return RunConfig(**{k: _convert(v, kinds[k], f'{where}: "{k}"') for k, v in values.items() if k in kinds})
+
+
+def typed(values: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Settings of a file with the types that they have here; others stay as they are.  Raises InputError."""
+    kinds = typing.get_type_hints(RunConfig)
+    return {k: _convert(v, kinds[k], f'{path}: key "{k}"') if k in kinds else v for k, v in values.items()}
 
 
 def add_settings_flag(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

@@ -5,19 +5,25 @@ A run that goes on, or was cut off, has no result.json yet and is shown as far a
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo_finetuner.config import RunConfig
+from zo_finetuner.config import RunConfig, typed
 from zo_finetuner.errors import InputError
 from zo_finetuner.reading import MOST_JSON, parse_json, read_object, read_text, shown
 from zo_finetuner.yaml_file import read_yaml
 
 #: Settings that say where and when and not what.
 ASIDE = ("output_dir", "seed", "resume", "overwrite", "save_model", "checkpoints", "report_to")
+
+WHOLE = "give a run whose files are whole"
+#: Of result.json.
+TEXTS = ("metric",)
+NUMBERS = ("steps", "forwards", "seconds", "eval_loss_before", "eval_loss_after", "eval_metric_before",
+           "eval_metric_after", "eval_rows", "best_step", "best_dev_loss", "skipped_steps")  # fmt: skip
 
 #: Settings that name a run best.
 TELLING = ("optimizer", "lr", "eps", "set", "pertnn", "batch_size", "model", "task", "data")
@@ -79,10 +85,21 @@ def read_run(folder: Path) -> Run:
     log, result = folder / "log.jsonl", folder / "result.json"
     return Run(
         str(folder),
-        asdict(RunConfig()) | read_yaml(folder / "config.yaml"),
+        asdict(RunConfig()) | typed(read_yaml(folder / "config.yaml"), folder / "config.yaml"),
         read_log(log) if log.exists() else [],
-        read_object(result, "give a run whose files are whole", finite=False) if result.exists() else {},
+        _checked(read_object(result, WHOLE, finite=False), result) if result.exists() else {},
     )
+
+
+def _checked(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name in (*NUMBERS, *TEXTS):
+        value = result.get(name)
+        if value is not None and not (isinstance(value, str) if name in TEXTS else _is_number(value)):
+            kind = "text" if name in TEXTS else "number"
+            raise InputError(f'{path}: "{name}" is {shown(repr(value))}, no {kind}; {WHOLE}')
+    if not isinstance(result.get("peak_bytes") or {}, dict):
+        raise InputError(f'{path}: "peak_bytes" is {shown(repr(result["peak_bytes"]))}, no object; {WHOLE}')
+    return result
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -95,13 +112,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _entry(line: str, place: str) -> dict[str, Any]:
     entry = parse_json(line, place, "take the line away", finite=False)
     step = entry.get("step") if isinstance(entry, dict) else None
-    if isinstance(step, bool) or not isinstance(step, int):
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 53:
         raise InputError(f'{place}: must be an object with a whole number as "step", got {shown(line)}')
     return entry
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a number can be drawn: axes of twice 1e308 have no ends."""
+    return _is_number(value) and abs(value) < 1e100
+
+
+def _is_number(value: Any) -> bool:
+    """NaN and infinity are among them."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return whole or isinstance(value, float)
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
