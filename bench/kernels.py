@@ -2,6 +2,7 @@
 
     copy, read            the floors: the same bytes, moved only
     passes over a model   perturb, update, two-noise, statistics, noise dots          (operations.list_calls)
+    rules                 updates by momentum, Adam, sign, ...: theta and fp32 states  (rule_calls)
     passes over a tensor  scratch, its mirror, the update that ends in a scratch      (operations.tensor_calls)
     torch                 the operators of MeZO's code on the same weights
     randn                 a perturbation with Triton's own generator
@@ -98,6 +99,8 @@ def cpu_stages(runner: Runner, n: int) -> Iterator[Stage]:
 
     for dtype in (FLOAT32, BFLOAT16, FLOAT16):
         yield str(dtype), lambda dtype=dtype: dtype_stage(dtype)
+    for dtype in (FLOAT32, BFLOAT16):
+        yield f"rules in {dtype}", lambda dtype=dtype: passes.rule_passes(runner, [("theta", (n,))], dtype)
     yield "draws", lambda: passes.draws(runner, n)
     yield "tiny calls", lambda: tiny(runner, ELEMENTS // n)
     yield "same z", lambda: agreement.same_z(runner, min(n, 1 << 20) + 5)
@@ -130,6 +133,10 @@ def gpu_stages(
 
         return f"{model} {name} in {dtype}", stage
 
+    def rules() -> None:
+        with runner.about(model="llama-1b"):
+            passes.rule_passes(runner, shapes("llama-1b", shrink), BFLOAT16)
+
     yield lists("llama-1b", BFLOAT16)
     for model, name in TENSORS[:3]:
         yield tensor(model, name, BFLOAT16)
@@ -138,6 +145,7 @@ def gpu_stages(
     yield "tiny calls", lambda: tiny(runner, shrink)
     for model, name in TENSORS[3:]:
         yield tensor(model, name, BFLOAT16)
+    yield "rules", rules
     yield lists("llama-1b", FLOAT16)
     for model, name in TENSORS[:2]:
         yield tensor(model, name, FLOAT16)

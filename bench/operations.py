@@ -31,6 +31,7 @@ LARGE = 100e6  # bytes of a tensor from which the target of `scratch` counts
 class Call(NamedTuple):
     run: Callable[[], object]
     accesses: int  # elements read plus elements written, per element of theta
+    states: int = 0  # fp32 numbers per element of theta that are read and written besides
 
     @property
     def floor(self) -> str:

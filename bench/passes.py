@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.operations import EPS, Call, Tensors, list_calls, mezo_calls, tensor_calls
+from bench.rule_calls import rule_calls, torch_calls
 from bench.runner import Runner
 from bench.shapes import Shapes
 from zo_kernels import Blocks, draw_noise, seed_tensor, use_backend
@@ -38,7 +39,7 @@ def bandwidth(runner: Runner, dtype: torch.dtype, n: int, foil: bool, when: str 
 
 def _times(runner: Runner, passes: dict[str, Call], dtype: torch.dtype, n: int, **options) -> None:
     for case, call in passes.items():
-        moved = call.accesses * n * dtype.itemsize
+        moved = (call.accesses * dtype.itemsize + 8 * call.states) * n
         floor = call.floor if call.floor in runner.bandwidth else "copy"
         for provider in runner.stats if case == "stats" else (runner.ours,):
             with use_backend(provider):
@@ -61,6 +62,15 @@ def list_passes(runner: Runner, named: Shapes, dtype: torch.dtype, foil: bool) -
     parameters = [torch.nn.Parameter(tensor, requires_grad=False) for _, tensor in held]
     held.clear()
     for case, run in mezo_calls(parameters).items():
+        runner.time(case, "torch", dtype, n, run)
+
+
+def rule_passes(runner: Runner, named: Shapes, dtype: torch.dtype) -> None:
+    """An update by every rule, its states with it."""
+    held = weights(named, dtype, runner.device)
+    n = sum(tensor.numel() for _, tensor in held)
+    _times(runner, rule_calls(Blocks(held)), dtype, n)
+    for case, run in torch_calls([tensor for _, tensor in held]).items():
         runner.time(case, "torch", dtype, n, run)
 
 

@@ -52,6 +52,9 @@ def test_a_quick_run_writes_a_row_for_every_op_and_dtype(tmp_path):
     for row in rows:
         assert row["p20"] <= row["p50"] <= row["p80"] and row["repeats"] >= 1
         assert row["metric"] != "time_s" or (row["p50"] > 0 and row["unit"] == "s")
+    for rule, kind in zk.RULES.items():
+        (row,) = [r for r in rows if (r["case"], r["provider"], r["dtype"]) == (f"rule {rule}", BACKEND, "bfloat16")]
+        assert row["bytes"] == (4 + 8 * len(kind.states)) * 4096
     (same,) = [r for r in rows if r["case"] == "same z"]
     assert same["p50"] == 0 and set(same["passes"].values()) == {0}
     assert 0 < next(r["p50"] for r in rows if r["metric"] == "max_abs_difference") < 1e-5

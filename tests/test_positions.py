@@ -57,6 +57,20 @@ def test_no_weights_before_the_end_and_the_best_step_at_it(base, tmp_path, monke
     assert all(torch.equal(saved[name], model.state_dict()[name]) for name in saved)
 
 
+def test_a_branch_is_taken_up_and_its_best_step_rebuilt(base, tmp_path, monkeypatch):
+    """Its first weights are those of a step of another run."""
+    assert main(flags(base, tmp_path / "trunk", steps=4)) == 0
+    branch = dict(steps=6, lr=0.3, eval_steps=2, seed=5, branch=f"{tmp_path / 'trunk' / 'journal.zoj'}:3")
+    assert main(flags(base, tmp_path / "whole", **branch)) == 0
+    stop_at(monkeypatch, 2)
+    assert main(flags(base, tmp_path / "part", **branch)) == 130
+    monkeypatch.undo()
+    assert main([*flags(base, tmp_path / "part", **branch), "--resume"]) == 0
+    assert result(tmp_path / "part")["best_step"] == result(tmp_path / "whole")["best_step"] < 6
+    ends = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("part", "whole")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_an_evaluation_that_was_due_is_made_up_for(base, tmp_path, monkeypatch):
     out = tmp_path / "run"
 

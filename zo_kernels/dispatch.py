@@ -3,6 +3,7 @@
     cpu tensors   -> cpu (C++, `zo_kernels._C`) where it was built, else reference
     cuda tensors  -> triton where it is installed, else reference;
                      block_stats -> cuda (`zo_kernels._cuda`, that op alone) where it was built, else as the others
+    meta tensors  -> nothing is computed, whatever is chosen
 
 Import touches neither CUDA nor Triton: a backend module is imported at its first use.
 """
@@ -97,4 +98,5 @@ def backend_name(device_type: str, op: str = "update_") -> str:
 
 
 def backend(device_type: str, op: str = "update_") -> ModuleType:
-    return importlib.import_module(f"zo_kernels.backends.{backend_name(device_type, op)}")
+    name = "meta" if device_type == "meta" else backend_name(device_type, op)
+    return importlib.import_module(f"zo_kernels.backends.{name}")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -118,10 +117,10 @@ class Engine:
         return self.guard.skipped
 
     def step(self, loss_fn: LossFn, lr: float | Tensor) -> Tensor:
-        """One step: `loss_fn()` is called once per probe and must run forwards only; paired probing calls it three
-        times more before it trusts a kind of model call.  It returns a loss, or the window of losses and weights that
-        `window.py` describes.  Returns the mean of the probes' losses (0-dim fp32, on the
-        device), NaN when the step was skipped.
+        """One step: `loss_fn()` is called once per probe and must run forwards only; paired and low-rank probing call
+        it some times more before they trust a kind of model call.  It returns a loss, or the window of losses and
+        weights that `window.py` describes.  Returns the mean of the probes' losses (0-dim fp32, on the device), NaN
+        when the step was skipped.
 
         The weights are whole again after any exception: untouched under scratch probing, to fp32 rounding in place.
         Raises RuntimeError naming a tensor that was moved to other memory since the engine was made, and UnstableRun
@@ -148,6 +147,10 @@ class Engine:
         self.inputs.fill(lr, self.seed, self.step_count)
         if self.step_count & (self.step_count - 1) == 0:  # 0, 1, 2, 4, ...: weights that start at 0 grow (LoRA's B)
             self.probing.measure()
+        if self.method.turns(self.step_count):
+            self.flush()
+            self.method.turn(self._context(self.step_count))
+        self.probing.begin()
 
     @torch.no_grad()
     @casts_not_kept()
@@ -208,21 +211,21 @@ class Engine:
     def _losses(self, request: list[Probe] | list[Slope], loss_fn: LossFn | Given) -> Tensor:
         """Of all probes asked for, (probes,); a slope has two numbers.  Of several ranks each evaluates its share."""
         if isinstance(loss_fn, Given):
-            return torch.hstack([self._pass_by(*probes, loss_fn) for probes in zip_longest(request, request[1:])])
+            return torch.hstack([self._pass_by(probe, loss_fn) for probe in request])
         mine = request if self.ranks is None else self.ranks.share(request)
-        windows = [self._evaluate(*probes, loss_fn) for probes in zip_longest(mine, mine[1:])]
+        windows = [self._evaluate(probe, mine[i + 1 :], loss_fn) for i, probe in enumerate(mine)]
         losses = [total(window) for window in flat(windows)]
         self.probing.rehearse(mine, losses, lambda: total(as_window(loss_fn(), self.device)))
         return torch.stack(losses) if self.ranks is None else self.ranks.losses(request, windows)
 
-    def _pass_by(self, probe: Probe | Slope, following: Probe | None, given: Given) -> Tensor:
+    def _pass_by(self, probe: Probe | Slope, given: Given) -> Tensor:
         """A loss that is known, in place of its evaluation."""
         if isinstance(probe, Probe):
-            self.probing.pass_by(probe, following)
+            self.probing.pass_by(probe)
         return given.take(2 if isinstance(probe, Slope) else 1)
 
     def _evaluate(
-        self, probe: Probe | Slope, following: Probe | None, loss_fn: LossFn
+        self, probe: Probe | Slope, following: list[Probe] | list[Slope], loss_fn: LossFn
     ) -> Tensor | tuple[Tensor, Tensor]:
         """A loss or a window; of a `Slope` also its derivative."""
         if isinstance(probe, Slope):

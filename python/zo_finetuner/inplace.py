@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,13 +30,13 @@ class InPlaceProbing:
         self._owed: list[Terms] = []  # ways that were passed by and are not made yet
 
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
         here, self._displaced = self._displaced, probe
         for terms in _passes(here, probe):
             apply_terms(self.blocks, terms)
         yield
 
-    def pass_by(self, probe: Probe, following: Probe | None = None) -> None:
+    def pass_by(self, probe: Probe) -> None:
         """What a probe does to the weights, without an evaluation.  Nobody looks at them there, so that fp32 weights,
         which are not rounded between passes, are moved all ways at once: along one z, which is made once."""
         here, self._displaced = self._displaced, probe
@@ -73,6 +73,9 @@ class InPlaceProbing:
         else:  # a state is of the update alone, and a curvature that it changes is that of the way back
             self.restore()
         apply_update(self.blocks, update, finite, decay, rounding_seed)
+
+    def begin(self) -> None:
+        """Nothing to do on the host before a step."""
 
     def flush(self) -> None:
         """Nothing to write: updates are in the weights."""

@@ -6,52 +6,68 @@
     what is left            perturbed as under `scratch` probing: stacked experts, and matrices that a module uses in a
                             way without a side product (OPT's positions), as theta + L^T R
 
-16-bit copies are rounded stochastically.  Updates of matrices are collected (`pending.py`) and merged into theta
-rarely, others are made at once.
+All probes of a step (both signs, or a population) share a forward (`together.py`), x W^T with it, while they have few
+tokens: then the members' rows go through modules with side products together, each beside its own, and one after the
+other through those with copies.  16-bit copies are rounded stochastically.  Updates of matrices are collected
+(`pending.py`) and merged into theta rarely, others are made at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_finetuner.coverage import CoverageCheck
+from zo_finetuner.members import NotMembers
 from zo_finetuner.optim.base import Probe, Update
-from zo_finetuner.optim.directions import Direction, Terms
+from zo_finetuner.optim.directions import Terms
+from zo_finetuner.part import Part
 from zo_finetuner.pending import Factors, Pending
-from zo_finetuner.scratch import ScratchProbing
+from zo_finetuner.routes import Forward
 from zo_finetuner.side_products import SideProduct, side_product
 from zo_finetuner.stack import Frame
-from zo_finetuner.subspace import Held
+from zo_finetuner.together import TogetherProbing
 from zo_finetuner.update import apply_terms
 from zo_kernels import Blocks, add_product
 
+TOKENS = 2048  # of a shared forward, of all members: with more, matrix products keep any device busy alone
 
-class LowRankProbing(ScratchProbing):
-    """copied: perturb copies of all matrices: the dense form of the same directions, for comparison (in 16 bits the
+
+class LowRankProbing(TogetherProbing):
+    """tokens: of a forward that probes share; 0: each takes its own.
+    copied: perturb copies of all matrices: the dense form of the same directions, for comparison (in 16 bits the
     copies are rounded, a side product is not)."""
 
     mode = "lowrank"
 
-    def __init__(self, model: nn.Module, blocks: Blocks, copied: bool = False):
+    def __init__(self, model: nn.Module, blocks: Blocks, copied: bool = False, tokens: int = TOKENS):
         super().__init__(model, blocks)
         by_name = dict(model.named_parameters())
         parameters = [by_name[name] for name in blocks.names]
+        self.tokens = tokens
         self.pending = Pending(model, parameters)
         self._dense = Part(blocks, [b for b, tensor in enumerate(blocks.tensors) if tensor.dim() != 2])
         self._vectors = Part(blocks, [b for b, tensor in enumerate(blocks.tensors) if tensor.dim() < 2])
-        self._copies = self._vectors.copies()
         self._swapped = [parameters[b] for b in self._vectors.numbers]
+        self._place = {block: place for place, block in enumerate(self._vectors.numbers)}
+        self._copies: list[Blocks] = []  # of the vectors, for each member
         self._sides = {} if copied else {m: side for m in self._modules if (side := self._side(m)) is not None}
-        self._modules = [m for m in self._modules if self._left_over(m)]
+        self._left = {m: self._left_over(m) for m in self._modules}
+        self._of_vectors = [m for m in self._modules if m not in self._sides and not self._left[m]]
+        self._modules = [m for m in self._modules if self._left[m]]
+        biases = {id(m._parameters.get("bias")) for m in self._sides}
+        self._own = [place for place, parameter in enumerate(self._swapped) if id(parameter) not in biases]
         matrices = [tensor.dtype for tensor in blocks.tensors if tensor.dim() == 2]
         self._dtype = matrices[0] if matrices else torch.float32
-        self._factors: dict[int, Factors] = {}  # of the matrices' blocks, for the probe in progress
+        self._factors: dict[int, Factors] = {}  # of the matrices' blocks, for the first member or for all
+        self._prepared = 0  # members that have them
+        self._member = 0  # whose weights a module that takes members one by one computes with
 
     def _side(self, module: nn.Module) -> tuple[int, SideProduct] | None:
         block, product = self._parameters.get(id(module._parameters.get("weight"))), side_product(module)
@@ -74,29 +90,50 @@ class LowRankProbing(ScratchProbing):
             homes.setdefault(self.blocks.names[block], set()).add(names[module])
         return CoverageCheck(self.model, self.blocks, homes)
 
+    def group_of(self, probes: Sequence[Probe]) -> list[Probe]:
+        group = [*takewhile(lambda probe: probe.direction is not None, probes)] if self.tokens else []
+        group = [*takewhile(lambda probe: len(probe.terms) == len(group[0].terms), group)]  # factors of one shape
+        return group if len(group) > 1 else []
+
+    def most(self, rows: int, length: int) -> int:
+        return min(len(self._group), self.tokens // max(1, rows * length))
+
+    @property
+    def _routed(self) -> list[nn.Module]:
+        return [*self._modules, *self._of_vectors]
+
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
-        terms = self.pass_by(probe)
-        factors = self.pending.factors(self._dtype, terms)
-        self._factors = {f.matrix.block: f for f in factors}
-        handles = []
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
         self.pending.reading = True
+        moved = contextlib.nullcontext() if self._answers(probe) else self._moved(probe)
         try:
-            self._swap_vectors(terms)
-            for module, (block, product) in self._sides.items() if factors else ():
-                _, left, right = self._factors[block]
-                hook = functools.partial(_add_product, product, left, right)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            with super().at(probe, following):
+            with moved, super().at(probe, following):
                 yield
         finally:
             self.pending.reading = False
-            for parameter, own in zip(self._swapped, self._vectors.blocks.tensors, strict=True):
-                parameter.data = own
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        return self._moved(self._probe)
+
+    @contextlib.contextmanager
+    def _moved(self, probe: Probe) -> Iterator[None]:
+        """Within it modules have side products and vectors of a probe."""
+        terms = self.pass_by(probe)
+        self._prepare([terms])
+        handles = []
+        try:
+            if terms and self._swapped:
+                self._swap(self._swapped, self._copies[0].tensors)
+            for module, side in self._sides.items() if self._factors else ():
+                hook = functools.partial(self._beside, *side)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            self._swap(self._swapped, self._vectors.blocks.tensors)
             for handle in handles:
                 handle.remove()
 
-    def pass_by(self, probe: Probe, following: Probe | None = None) -> Terms:
+    def pass_by(self, probe: Probe) -> Terms:
         """What a probe does to the weights: it may need a merge.  Returns its terms."""
         terms = [] if probe.direction is None else probe.terms
         if not terms and self._modules:  # what is collected for their weights is seen in copies only
@@ -109,53 +146,152 @@ class LowRankProbing(ScratchProbing):
         """How often what was collected has been merged into the weights."""
         return self.pending.merges
 
-    def _swap_vectors(self, terms: Terms) -> None:
-        if not self._swapped or not terms:
+    def _prepare(self, members: list[Terms]) -> None:
+        """Make the factors of members, and their copies of the vectors."""
+        factors = self.pending.factors(self._dtype, members)
+        self._factors, self._prepared = {f.matrix.block: f for f in factors}, len(members)
+        poisoned = [member for member in self.poisoned or () if member < len(members)]
+        for member in poisoned:
+            for own in factors:
+                own.left[member].fill_(torch.nan)
+        if not self._swapped or not members[0]:
             return
-        torch._foreach_copy_(self._copies.tensors, self._vectors.blocks.tensors)
-        apply_terms(self._copies, self._vectors.terms(terms), None, terms[0][0].seed)
-        for parameter, copy in zip(self._swapped, self._copies.tensors, strict=True):
-            parameter.data = copy
+        while len(self._copies) < len(members):
+            self._copies.append(self._vectors.copies())
+        for terms, copies in zip(members, self._copies, strict=False):
+            torch._foreach_copy_(copies.tensors, self._vectors.blocks.tensors)
+            apply_terms(copies, self._vectors.terms(terms), None, terms[0][0].seed)
+        for member in poisoned:  # a bias beside a side product is poisoned with it
+            for place in self._own:
+                self._copies[member].tensors[place].fill_(torch.nan)
+
+    @staticmethod
+    def _swap(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.data = tensor
+
+    def _run(self, forward: Forward, members: Any) -> list[Any]:
+        if self._prepared != members.count:
+            with self._own_reads():
+                self._prepare([probe.terms for probe in self._group])
+        return super()._run(forward, members)
+
+    def _beside(
+        self, block: int, product: SideProduct, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Tensor | None:
+        """A forward hook: the side product of a module's weight, and of other members what their bias is more."""
+        x = args[0] if args else kwargs["input"]
+        try:
+            one = self.members is not None and self.members.is_one_row(x)
+        except NotMembers as reason:
+            raise NotMembers(f"{self.describe(module)} {reason}") from None
+        if one:
+            output = torch.cat([output] * self.members.count)
+            x = x.expand(self.members.count, *x.shape[1:])
+        product(module, x, output, *self._sides_of(block))
+        self._add_biases(module, output)
+        return self.members.over_rows(output) if one else None
+
+    def _sides_of(self, block: int) -> tuple[Tensor, Tensor]:
+        """L and R of all members, or of the one whose turn it is."""
+        _, left, right = self._factors[block]
+        if self.members is not None or self._prepared == 1:
+            return left, right
+        return left[self._member : self._member + 1], right if right.dim() == 2 else right[self._member]
+
+    def _add_biases(self, module: nn.Module, output: Tensor) -> None:
+        """The first member's own is in the module."""
+        place = self._place.get(self._parameters.get(id(module._parameters.get("bias"))))
+        if place is None or (self.members is None and not self._member):
+            return
+        rows = module.__dict__.get("_zo_rows")
+        members = [self._member] if self.members is None else range(self.members.count)
+        for out, member in zip(output.tensor_split(len(members)), members, strict=True):
+            if member:
+                more = self._copies[member].tensors[place] - self._copies[0].tensors[place]
+                out += more if rows is None else more.index_select(0, rows)
+
+    def _call_module(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        if self.members is None and not self._member:
+            return forward(*args, **kwargs)
+        if self._left[module]:
+            return super()._call_module(module, forward, *args, **kwargs)
+        own = [p for p in module._parameters.values() if self._parameters.get(id(p)) in self._place]
+        places = [self._place[self._parameters[id(p)]] for p in own]
+
+        def turn(member: int) -> None:
+            self._swap(own, [self._copies[member].tensors[place] for place in places])
+
+        first = [p.data for p in own]
+        try:
+            if self.members is not None:
+                return self._one_by_one(module, forward, args, kwargs, turn)
+            turn(self._member)
+            return forward(*args, **kwargs)
+        finally:
+            self._swap(own, first)
+
+    def _turn(self, member: int, turn: Any) -> None:
+        super()._turn(member, turn)
+        self._member = member
+
+    def _one_by_one(self, *args: Any) -> Any:
+        try:
+            return super()._one_by_one(*args)
+        finally:
+            self._member = 0
 
     def _perturb(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
-        if block not in self._left_over(frame.module):
-            if rows is not None:  # of a head: who takes rows of its weight takes those of its bias
-                frame.swap(parameter, parameter.data.index_select(0, rows))
+        if block not in self._left[frame.module]:
+            self._perturb_vector(frame, parameter, block, rows)
+        elif block not in self._factors:
+            super()._perturb(frame, parameter, block, rows)
+        else:
+            left, right = self._sides_of(block)
+            copies = [self._product(frame, parameter, block, own, right if right.dim() == 2 else right[member])
+                      for member, own in enumerate(left)]  # fmt: skip
+            frame.swap(parameter, *(copy if rows is None else copy.index_select(0, rows) for copy in copies))
+
+    def _perturb_vector(self, frame: Frame, parameter: nn.Parameter, block: int, rows: Tensor | None) -> None:
+        """Of a module with other weights that have copies; of a head: who takes rows of its weight takes those of its
+        bias."""
+        if self.members is not None:
+            copies = [copies.tensors[self._place[block]] for copies in self._copies[: self.members.count]]
+        elif self._member:
+            copies = [self._copies[self._member].tensors[self._place[block]]]
+        elif rows is not None:
+            copies = [parameter.data]
+        else:
             return
-        if block not in self._factors:
-            return super()._perturb(frame, parameter, block, rows)
-        matrix, left, right = self._factors[block]
+        frame.swap(parameter, *(copy if rows is None else copy.index_select(0, rows) for copy in copies))
+
+    def _product(self, frame: Frame, parameter: nn.Parameter, block: int, left: Tensor, right: Tensor) -> Tensor:
         out = self._take(frame, parameter, None)
         seed = self._probe.terms[0][0].seed
-        add_product(parameter.data, left.float(), right.float(), matrix.tensor_id, seed, out=out)
-        frame.swap(parameter, out if rows is None else out.index_select(0, rows))
+        add_product(parameter.data, left.float(), right.float(), self._factors[block].matrix.tensor_id, seed, out=out)
+        return out
 
     def apply(self, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
         for direction, coef in update.terms:
             self.pending.add(direction, coef)
         self.pending.rounding.copy_(rounding_seed)
-        self._apply_dense(update.terms, decay, rounding_seed)
+        self._dense.move(update.terms, decay, rounding_seed)
         if decay is None:
             self.pending.settle()
         else:  # it shrinks every weight at every step
             self.pending.merge(decay)
 
-    def _apply_dense(self, terms: Terms, decay: Tensor | None, rounding_seed: Tensor) -> None:
-        blocks = self._dense.blocks
-        if not len(blocks) or not terms:
-            return
-        held, coef = terms[0]
-        if not isinstance(held, Held):
-            return apply_terms(blocks, self._dense.terms(terms), decay, rounding_seed)
-        for theta, dense, tensor_id in zip(blocks.tensors, held.dense.split(blocks.numels), blocks.ids, strict=True):
-            row = theta.view(1, -1)
-            add_product(row, coef.view(1, 1), dense.view(1, -1), tensor_id, rounding_seed, decay=decay)
+    def begin(self) -> None:
+        """A step that is replayed from a graph collects, and no Python of it runs."""
+        self.pending.begin()
 
     def flush(self) -> None:
         self.pending.merge()
 
     def restore(self) -> None:
         """The weights are whole when an exception leaves a step."""
+        super().restore()
+        self._member = 0
         self.pending.merge()
 
     def realised_share(self, probe: Probe) -> Tensor:
@@ -164,34 +300,3 @@ class LowRankProbing(ScratchProbing):
         if self._dense.numbers:
             shares.index_copy_(0, self._dense.places, super().realised_share(probe, self._dense.numbers))
         return shares
-
-
-class Part:
-    """Some of the blocks, by their numbers, and directions with the scales of those."""
-
-    def __init__(self, blocks: Blocks, numbers: list[int]):
-        self.numbers = numbers
-        self.places = torch.tensor(numbers, dtype=torch.int64, device=blocks.device)
-        self.ids = {blocks.names[b]: blocks.ids[b] for b in numbers}
-        self.blocks = Blocks([(blocks.names[b], blocks.tensors[b]) for b in numbers], ids=self.ids)
-        self._of: dict[Tensor, Tensor] = {}  # a scale of all blocks -> of these, the last one
-
-    def copies(self) -> Blocks:
-        return Blocks([(n, t.clone()) for n, t in zip(self.blocks.names, self.blocks.tensors, strict=True)], self.ids)
-
-    def terms(self, terms: Terms) -> Terms:
-        return [(Direction(d.seed, self._scale(d.scale), d.dist), coef) for d, coef in terms]
-
-    def _scale(self, scale: Tensor | None) -> Tensor | None:
-        if scale is None:
-            return None
-        if scale not in self._of:
-            self._of = {scale: scale.index_select(0, self.places)}
-        return self._of[scale]
-
-
-def _add_product(
-    product: SideProduct, left: Tensor, right: Tensor, module: nn.Module, args: tuple, kwargs: dict, output: Any
-) -> None:
-    """A forward hook."""
-    product(module, args[0] if args else kwargs["input"], output, left, right)

@@ -9,6 +9,7 @@ calls `Engine.flush()` first.  When a merge comes changes the weights by roundin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from zo_kernels import add_product
 
 
 class Factors(NamedTuple):
-    """left: (k, m), right: (k, n): a matrix is moved by left^T right."""
+    """left: (N, k, m), right: (N, k, n), or (k, n) for all: for each of N members a matrix is moved by left^T right."""
 
     matrix: Matrix
     left: Tensor
@@ -40,6 +41,7 @@ class Pending:
         self._parameters = parameters
         self.reading, self.merges = False, 0
         self._coordinates: dict[Subspace, Tensor] = {}
+        self._lasting: dict[Subspace, Tensor] = {}  # where those of a lasting one are collected
         self._models = list(dict.fromkeys((model, unwrap(model))))
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -47,15 +49,27 @@ class Pending:
     def rank(self) -> int:
         return sum(subspace.rank for subspace in self._coordinates)
 
+    def begin(self) -> None:
+        """Before a step that adds to a lasting subspace: it may do so without Python."""
+        for subspace in self._lasting:
+            self._open(subspace)
+
     def add(self, direction: Direction | Held, coef: Tensor) -> None:
         """Collect coef * direction."""
-        moved = self._coordinates.get(direction.subspace)
-        if moved is not None:
-            moved.addcmul_(direction.coordinates, coef)
+        subspace = direction.subspace
+        if subspace.lasting and subspace not in self._lasting:
+            self._lasting = {subspace: torch.zeros_like(direction.coordinates)}
+        if subspace.lasting or subspace in self._coordinates:
+            self._open(subspace).addcmul_(direction.coordinates, coef)
         else:
-            self._coordinates[direction.subspace] = direction.coordinates * coef
-            if not self._guards:
-                self._guard()
+            self._coordinates[subspace] = direction.coordinates * coef
+            self._guard()
+
+    def _open(self, subspace: Subspace) -> Tensor:
+        if subspace not in self._coordinates:
+            self._coordinates[subspace] = self._lasting[subspace]
+            self._guard()
+        return self._coordinates[subspace]
 
     def make_room(self, terms: Terms) -> None:
         """Merge if the subspaces of these directions, where they are new, would be too many."""
@@ -69,27 +83,31 @@ class Pending:
         if self._coordinates and self.rank > next(iter(self._coordinates)).layout.limit:
             self.merge()
 
-    def factors(self, dtype: torch.dtype, terms: Terms = ()) -> list[Factors]:
-        """Of every matrix, in a dtype: what is collected, and sum coef * direction on top.  Empty where nothing is."""
-        groups = dict(self._coordinates)
-        for direction, coef in terms:
-            here, moved = groups.get(direction.subspace), direction.coordinates
-            groups[direction.subspace] = moved * coef if here is None else torch.addcmul(here, moved, coef)
-        if not groups:
+    def factors(self, dtype: torch.dtype, members: Sequence[Terms] = ((),)) -> list[Factors]:
+        """Of every matrix, in a dtype: what is collected, and on top sum coef * direction of each member, all of which
+        have as many subspaces.  Empty where there are none."""
+        slots = [*zip(*(self._moved(terms).items() for terms in members), strict=True)]
+        if not slots:
             return []
-        sides = [(_lefts(subspace, x, dtype), subspace.right_as(dtype)) for subspace, x in groups.items()]
-        lefts, rights = sides[0]
-        if len(sides) > 1:
-            lefts, rights = ([torch.cat(x) for x in zip(*side, strict=True)] for side in zip(*sides, strict=True))
-        matrices = next(iter(groups)).layout.matrices
-        return [Factors(*parts) for parts in zip(matrices, lefts, rights, strict=True)]
+        sides = [_sides(slot, dtype) for slot in slots]
+        layout = slots[0][0][0].layout
+        lefts, rights = sides[0] if len(sides) == 1 else _joined(sides, len(members))
+        return [Factors(*parts) for parts in zip(layout.matrices, lefts, rights, strict=True)]
+
+    def _moved(self, terms: Terms) -> dict[Subspace, Tensor]:
+        """Coordinates of all that a member is moved by."""
+        moved = dict(self._coordinates)
+        for direction, coef in terms:
+            here, own = moved.get(direction.subspace), direction.coordinates
+            moved[direction.subspace] = own * coef if here is None else torch.addcmul(here, own, coef)
+        return moved
 
     @torch.no_grad()
     def merge(self, decay: Tensor | None = None) -> None:
         self.merges += bool(self._coordinates)
         for number, (matrix, left, right) in enumerate(self.factors(torch.float32)):
             theta = self._parameters[matrix.block].data
-            add_product(theta, left, right, matrix.tensor_id, self.rounding, decay=decay)
+            add_product(theta, left[0], right, matrix.tensor_id, self.rounding, decay=decay)
             for subspace, moved in self._coordinates.items():  # after Ctrl-C the rest is still to be merged
                 subspace.layout.split(moved)[number].zero_()
         self._coordinates.clear()
@@ -98,6 +116,8 @@ class Pending:
         self._guards.clear()
 
     def _guard(self) -> None:
+        if self._guards:
+            return
         for model in self._models:
             self._guards += [
                 model.register_forward_pre_hook(self._before_forward, prepend=True),
@@ -114,7 +134,25 @@ class Pending:
         self.merge()
 
 
-def _lefts(subspace: Subspace, coordinates: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    if subspace.left is None:
-        return subspace.left_of(coordinates.to(dtype))  # all matrices in one conversion
-    return [left.to(dtype) for left in subspace.left_of(coordinates)]
+Slot = tuple[tuple[Subspace, Tensor], ...]  # of each member a subspace, and coordinates in it
+
+
+def _sides(slot: Slot, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """(lefts, rights) of every matrix."""
+    subspace = slot[0][0]
+    if all(own is subspace for own, _ in slot):
+        coordinates = torch.stack([x for _, x in slot])
+        if subspace.left is None:  # all matrices in one conversion
+            return subspace.left_of(coordinates.to(dtype)), subspace.right_as(dtype)
+        return [left.to(dtype) for left in subspace.left_of(coordinates)], subspace.right_as(dtype)
+    alone = [_sides((own,), dtype) for own in slot]
+    return tuple([torch.stack(parts) for parts in zip(*side, strict=True)] for side in (
+        [[left[0] for left in lefts] for lefts, _ in alone], [rights for _, rights in alone]))  # fmt: skip
+
+
+def _joined(sides: list[tuple[list[Tensor], list[Tensor]]], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Several subspaces as one of their ranks' sum."""
+    lefts, rights = ([*zip(*parts, strict=True)] for parts in zip(*sides, strict=True))
+    if any(right.dim() == 3 for right in rights[0]):
+        rights = [[right.expand(count, -1, -1) for right in parts] for parts in rights]
+    return [torch.cat(parts, -2) for parts in lefts], [torch.cat(parts, -2) for parts in rights]

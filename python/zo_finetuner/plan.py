@@ -11,6 +11,7 @@ model waits for them, a CUDA graph does not), evaluation, generation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from zo_finetuner.devices import GPUS, Device, find_device, present_gpu, probe_c
 from zo_finetuner.encoding import Encoded, collate
 from zo_finetuner.errors import InputError, nearest, require_positive
 from zo_finetuner.loading import empty_model
+from zo_finetuner.lowrank import LowRankProbing
 from zo_finetuner.optim import Learned, Method, ZOFineTuner, check_method, make_method
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
@@ -31,6 +33,7 @@ from zo_finetuner.rows import forward_accepts, output_head
 from zo_finetuner.scratch import SHARE_SAMPLE
 from zo_finetuner.tasks import get_task
 from zo_finetuner.trace import trace_loss, trace_probes
+from zo_finetuner.trace_steps import trace_steps
 from zo_kernels import Blocks
 
 OPTION_TOKENS = 16  # of an answer that is not one token, unless told
@@ -43,12 +46,14 @@ class Memory:
 
     weights      parameters (tied ones once) and buffers, and the batch
     scratch      perturbed copies of the weights of the module that needs most, and of those that enclose it; of an
-                 embedding the batch's rows, of the head the candidates' rows or a slice (`slices`); paired: both signs
+                 embedding the batch's rows, of the head the candidates' rows or a slice (`slices`); paired: both signs;
+                 low rank: the factors as products take them, a direction's coordinates, copies of norms and biases
     activations  largest sum of tensors alive in a forward before the head
     logits       the same from the head on; activations and logits are not alive together, the larger counts
     method       its state for every weight; nets, scales and statistics per block; the direction of a derivative
     tables       of the GPU kernels: 56 bytes a tensor, 16 a chunk of 65,536 elements
-    first        besides weights, method and tables in the first step: the growing scratch, the check of its rounding
+    first        besides weights, method and tables in the first step: the growing scratch, the check of its rounding;
+                 or where a low-rank method merges its updates into the weights and begins a subspace
                  (what the rehearsal of paired probing copies, the logits among it, is not counted, nor the trial of
                  slices, whole logits of 16 tokens before the first step)
     gradients, moments, kept: of first-order Adam in mixed precision: gradients in the weights' dtype, two fp32 moments
@@ -164,12 +169,11 @@ def make_plan(
         model, name = add_adapter(model, adapter), f"{name} with {adapter.kind}"
     blocks = trainable_blocks(model)
     kind = blocks.tensors[0].dtype
-    method = _method(optimizer, model, blocks, batch, settings)
+    method = planned_method(optimizer, model, blocks, batch, settings)
     require_goes(probing, method)
     if method.low_rank:
-        raise InputError(f"{optimizer} probes by side products, whose memory and time are not predicted: plan mezo, "
-                         f"which needs no less")
-    if probing == "auto":
+        probing = LowRankProbing.mode
+    elif probing == "auto":
         probing = "inplace" if kind == torch.float32 and not method.scratch_only else "scratch"
     parameters = sum(blocks.numels)
     try:
@@ -234,7 +238,7 @@ def planned_rows(task: str, batch: int, seq: int, option_tokens: int | None = No
     return [row(seq)] if batch == 1 else [*[row(seq)] * (batch - 1), row(seq // 2), row(seq - seq // 2)]
 
 
-def _method(
+def planned_method(
     name: str, model: nn.Module, blocks: Blocks, batch: int, settings: Mapping[str, Any] | None
 ) -> Method:
     """As it would be made for the model; scales that are learned or measured elsewhere are stood in for."""
@@ -254,10 +258,12 @@ def _predict(
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *data.values()))
     named = len([*model.named_parameters(remove_duplicate=False)])
     tied = max(blocks.numels) if named > len([*model.parameters()]) else 0  # of what is tied the largest, an embedding
+    batch = {name: tensor.to("meta") for name, tensor in data.items()}
+    own = method_bytes(method, blocks)
+    whole = copy.deepcopy(model) if method.low_rank else None
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     if "candidates" in data:
         _keep_head_rows(model, len(data["candidates"]))
-    batch = {name: tensor.to("meta") for name, tensor in data.items()}
     once = trace_loss(model, batch)
     trained = numel * size
     count = method.forwards
@@ -266,6 +272,14 @@ def _predict(
                 once.operators)  # fmt: skip
     if method.slopes:  # every tensor of a forward twice
         cost = replace(once, body=2 * once.body, logits=2 * once.logits)
+    elif method.low_rank:  # its head is taken whole: a few rows more of logits
+        steps = trace_steps(whole, trainable_blocks(whole), batch, method)
+        cost, largest = steps.later, "factors and copies of vectors"
+        first = max(steps.first, steps.turning) - method.factor_bytes
+        scratch = max(0, steps.kept - method.factor_bytes)
+        merged = 2 * trained * method.merges_per_step
+        work = Work(steps.forwards, cost.flops, steps.forwards * trained, cost.traffic, round(merged),
+                    cost.operators // steps.forwards)  # fmt: skip
     elif probing != "inplace":
         probed = trace_probes(model, trainable_blocks(model), batch, probing)
         cost, first, scratch, largest = probed.later, probed.first, probed.scratch, probed.largest
@@ -282,7 +296,7 @@ def _predict(
             moved=(3 * pairs + 2 * alone) * probed.written + 2 * trained,
             operators=cost.operators,
         )
-    work = replace(work, read=work.read + count * frozen)
+    work = replace(work, read=work.read + (work.forwards if method.low_rank else count) * frozen)
     state = sum(t.nbytes for states in _states(method) for t in states)
     work = replace(work, moved=work.moved + 2 * state)
     if learned:
@@ -294,7 +308,7 @@ def _predict(
         scratch=scratch,
         activations=cost.body,
         logits=cost.logits,
-        method=method_bytes(method, blocks),
+        method=own,
         tables=len(blocks) * 56 + sum(-(-n >> 16) * 16 for n in blocks.numels),
         first=first,
         gradients=trained,

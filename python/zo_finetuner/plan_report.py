@@ -49,6 +49,8 @@ def verdict(plan: Plan, devices: Sequence[Device]) -> str:
 
 def report(plan: Plan, devices: Sequence[Device]) -> str:
     m, signs = plan.memory, "both signs" if plan.probing == "paired" else "one sign"
+    if plan.probing == "lowrank":
+        signs = "of a step's probes"
     copies = f"scratch: {plan.largest} at most, {signs}" if m.scratch else "scratch: none, the weights themselves move"
     rows = [
         ("weights and buffers, batch", m.weights),

@@ -7,8 +7,8 @@
                stack and swaps the parameter's storage, an always-called forward hook swaps it back.  theta is never
                written: `torch.equal` after any number of probes, after an exception, after Ctrl-C.
     paired     a scratch for each sign, made in one pass, and one forward of a doubled batch for both.
-    lowrank    low-rank directions as side products of the forward; updates are collected and merged rarely.  It goes
-               with the methods that have such directions, and is not asked for.
+    lowrank    low-rank directions as side products of the forward, of short batches all probes in one; updates are
+               collected and merged rarely.  It goes with the methods that have such directions, and is not asked for.
 
 All (`inplace.py`, `scratch.py`, `paired.py`, `lowrank.py`) are used as `with probing.at(probe, following): loss = ...`,
 then `apply()` or `restore()`.

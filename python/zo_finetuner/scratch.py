@@ -7,7 +7,7 @@ parameters' storages; an always-called forward hook swaps them back and frees th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ class ScratchProbing:
         return torch.stack([norm.to(zero.device) for norm in norms])
 
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
-        """Within it the model computes with the weights of `probe`.  following: the step's next probe, if any."""
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
+        """Within it the model computes with the weights of `probe`.  following: the other probes yet to come that are
+        known by now."""
         if probe.direction is None:
             yield
             return
@@ -85,7 +86,7 @@ class ScratchProbing:
             for handle in handles:
                 handle.remove()
 
-    def pass_by(self, probe: Probe, following: Probe | None = None) -> None:
+    def pass_by(self, probe: Probe) -> None:
         """What a probe does to the weights, without an evaluation: nothing."""
 
     def _coverage(self) -> CoverageCheck:
@@ -155,6 +156,9 @@ class ScratchProbing:
 
     def restore(self) -> None:
         """Nothing to undo: theta was never written."""
+
+    def begin(self) -> None:
+        """Nothing to do on the host before a step."""
 
     def flush(self) -> None:
         """Nothing to write: updates are in the weights."""

@@ -11,7 +11,7 @@ Around every probe the model is resharded: FSDP2 keeps what its root module has 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class ShardedInPlace(InPlaceProbing):
         self._model = model
 
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
         reshard(self._model)
         try:
             with super().at(probe, following):
@@ -54,7 +54,7 @@ class ShardedScratch(ScratchProbing):
         return largest
 
     @contextlib.contextmanager
-    def at(self, probe: Probe, following: Probe | None = None) -> Iterator[None]:
+    def at(self, probe: Probe, following: Sequence[Probe] = ()) -> Iterator[None]:
         reshard(self.model)
         self._probe, own = probe, self.blocks.tensors
         if not self._aside:

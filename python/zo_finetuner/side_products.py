@@ -6,7 +6,8 @@
 
 L (k, m) and R (k, n) for a W of (m, n): a tied weight has one L and one R, for its embedding and its head.  A product
 is added in place to a y that the module has just made; of a head that computes some rows of its weight
-(`rows.head_rows`), those.
+(`rows.head_rows`), those.  The rows of x and y are those of N members, one behind the other; L is (N, k, m), and R
+(N, k, n) or, one for all, (k, n).
 """
 
 from __future__ import annotations
@@ -37,30 +38,50 @@ def side_product(module: nn.Module) -> SideProduct | None:
 
 def _linear(module: nn.Module, x: Tensor, y: Tensor, left: Tensor, right: Tensor) -> None:
     rows = module.__dict__.get("_zo_rows")
-    _add(y, x, right, left if rows is None else left.index_select(1, rows))
+    _add(y, x, right, left if rows is None else left.index_select(2, rows))
 
 
 def _transposed(module: nn.Module, x: Tensor, y: Tensor, left: Tensor, right: Tensor) -> None:
-    _add(y, x, left, right)
+    _add(y, x, left, right if right.dim() == 3 else right.expand(left.shape[0], -1, -1))
 
 
 def _embedding(module: nn.Module, tokens: Tensor, y: Tensor, left: Tensor, right: Tensor) -> None:
-    _add_rows(y, left.index_select(1, tokens.reshape(-1)), right)
+    _add_rows(y, _looked_up(left, tokens), right)
 
 
 def _scaled_embedding(module: nn.Module, tokens: Tensor, y: Tensor, left: Tensor, right: Tensor) -> None:
-    _add_rows(y, left.index_select(1, tokens.reshape(-1)) * module.embed_scale.to(left.dtype), right)
+    _add_rows(y, _looked_up(left, tokens) * module.embed_scale.to(left.dtype), right)
+
+
+def _looked_up(left: Tensor, tokens: Tensor) -> Tensor:
+    """(N, k, rows of one)"""
+    ids = tokens.reshape(left.shape[0], -1)
+    if len(ids) == 1:
+        return left.index_select(2, ids[0])
+    return torch.stack([own.index_select(1, places) for own, places in zip(left, ids, strict=True)])
 
 
 def _add(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor) -> None:
     """y += (x inner^T) outer, in the order that takes least time on a CPU (by a fifth): thin^T times long."""
     if y.dtype != inner.dtype or y.dtype != x.dtype:  # under autocast y has another dtype than the weight
         x, inner = x.to(y.dtype), inner.to(y.dtype)
-    _add_rows(y, torch.mm(inner, x.reshape(-1, x.shape[-1]).t()), outer)
+    count, width = outer.shape[0], x.shape[-1]
+    if inner.dim() == 2:
+        thin = torch.mm(inner, x.reshape(-1, width).t()).view(inner.shape[0], count, -1).transpose(0, 1)
+    elif count == 1:
+        thin = torch.mm(inner[0], x.reshape(-1, width).t())[None]
+    else:
+        thin = torch.bmm(inner, x.reshape(count, -1, width).transpose(1, 2))
+    _add_rows(y, thin, outer)
 
 
 def _add_rows(y: Tensor, thin: Tensor, outer: Tensor) -> None:
-    """y += thin^T outer; thin: (k, rows of y)."""
+    """y += thin^T outer for each member; thin: (N, k, rows of one)."""
     if y.dtype != outer.dtype or y.dtype != thin.dtype:
         thin, outer = thin.to(y.dtype), outer.to(y.dtype)
-    y.view(-1, y.shape[-1]).addmm_(thin.t(), outer)
+    count = thin.shape[0]
+    if count == 1:
+        y.view(-1, y.shape[-1]).addmm_(thin[0].t(), outer if outer.dim() == 2 else outer[0])
+        return
+    outer = outer if outer.dim() == 3 else outer.expand(count, -1, -1)
+    y.view(count, -1, y.shape[-1]).baddbmm_(thin.transpose(1, 2), outer)

@@ -14,7 +14,7 @@ class Frame:
     def __init__(self, module: nn.Module):
         self.module = module
         self._swapped: list[tuple[nn.Parameter, Tensor]] = []
-        self._mirrors: list[Tensor] = []
+        self._copies: list[tuple[Tensor, ...]] = []
         self._stack: ScratchStack | None = None
         self._mark = None
 
@@ -26,16 +26,16 @@ class Frame:
             self._stack, self._mark = stack, stack.mark()
         return stack.take(shape, dtype)
 
-    def swap(self, parameter: nn.Parameter, out: Tensor, mirror: Tensor | None = None) -> None:
+    def swap(self, parameter: nn.Parameter, *copies: Tensor) -> None:
+        """To the first of the copies; where a batch has several members, there is one for each."""
         self._swapped.append((parameter, parameter.data))
-        parameter.data = out
-        if mirror is not None:
-            self._mirrors.append(mirror)
+        self._copies.append(copies)
+        parameter.data = copies[0]
 
-    def turn(self) -> None:
-        """From the copies of one sign to those of the other."""
-        for (parameter, _), mirror in zip(self._swapped, self._mirrors, strict=True):
-            parameter.data = mirror
+    def turn(self, member: int) -> None:
+        """To the copies of another member."""
+        for (parameter, _), copies in zip(self._swapped, self._copies, strict=True):
+            parameter.data = copies[member]
 
     def undo(self) -> None:
         for parameter, own in reversed(self._swapped):

@@ -98,7 +98,8 @@ class Layout:
     def owners(self) -> Tensor:
         """Number of the matrix, in `matrices`, that each coordinate belongs to: int64."""
         sizes = torch.tensor(self.sizes, device=self.device)
-        return torch.arange(len(self.sizes), device=self.device).repeat_interleave(sizes)
+        numbers = torch.arange(len(self.sizes), device=self.device)
+        return numbers.repeat_interleave(sizes, output_size=sum(self.sizes))  # told, the host need not wait for it
 
     @cached_property
     def places(self) -> Tensor:
@@ -106,8 +107,8 @@ class Layout:
         return torch.tensor([x.block for x in self.matrices], dtype=torch.int64, device=self.device)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of flat coordinates, (r, m or r) for each matrix."""
-        return [x.view(self.rank, -1) for x in flat.split(self.sizes)]
+        """Views of flat coordinates (..., all), (..., r, m or r) for each matrix."""
+        return [x.view(*flat.shape[:-1], self.rank, -1) for x in flat.split(self.sizes, dim=-1)]
 
     def draw(self, seed: Tensor, scale: Tensor | None, dist: str) -> Tensor:
         """Coordinates of a direction, with its scales: flat fp32."""
@@ -129,10 +130,13 @@ class Layout:
 
 
 class Subspace:
-    """right: V, (r, n) fp32, for each matrix of the layout; left: U, (r, m), or None for one-sided directions."""
+    """right: V, (r, n) fp32, for each matrix of the layout; left: U, (r, m), or None for one-sided directions.
 
-    def __init__(self, layout: Layout, seed: Tensor):
-        self.layout, self.rank = layout, layout.rank
+    lasting: it becomes others in place, so that a captured step goes on in whichever it is; what is collected in it has
+    one place in memory too."""
+
+    def __init__(self, layout: Layout, seed: Tensor, lasting: bool = False):
+        self.layout, self.rank, self.lasting = layout, layout.rank, lasting
         self.right = [self._draw(x.n, seed, x.tensor_id, RIGHT) for x in layout.matrices]
         self.left = None
         if layout.two_sided:
@@ -143,13 +147,22 @@ class Subspace:
     def _draw(self, length: int, seed: Tensor, tensor_id: int, start: int) -> Tensor:
         return draw_noise((self.rank, length), seed, tensor_id, start=start, stream=LOW_RANK)
 
+    def become(self, other: Subspace) -> None:
+        """Take the factors of another, in place."""
+        torch._foreach_copy_(self.right, other.right)
+        if self.left is not None:
+            torch._foreach_copy_(self.left, other.left)
+        for dtype, cast in self._cast.items():
+            if dtype != torch.float32:
+                torch._foreach_copy_(cast, self.right)
+
     def right_as(self, dtype: torch.dtype) -> list[Tensor]:
         if dtype not in self._cast:
             self._cast[dtype] = [v.to(dtype) for v in self.right]
         return self._cast[dtype]
 
     def left_of(self, coordinates: Tensor) -> list[Tensor]:
-        """For each matrix L, (r, m), so that the coordinates stand for L^T V."""
+        """For each matrix L, (..., r, m), so that the coordinates (..., all) stand for L^T V."""
         parts = self.layout.split(coordinates)
         return parts if self.left is None else [x @ u for u, x in zip(self.left, parts, strict=True)]
 

@@ -70,7 +70,7 @@ class ProbedCost:
 def trace_loss(model: nn.Module, batch: Batch, *, gradients: bool = False, loss: Callable = training_loss) -> Cost:
     """The cost of `loss(model, batch)`, both on the meta device.  gradients: as first-order training evaluates it, so
     that `kept` is what the forward stores for the backward (no checkpoint is recomputed)."""
-    with _counted(model, batch) as tally, torch.set_grad_enabled(gradients):
+    with counted(model, batch) as tally, torch.set_grad_enabled(gradients):
         result = loss(model, batch)
         cost = tally.cost()
     del result
@@ -87,7 +87,7 @@ def trace_probes(
     direction = Direction(torch.empty((), dtype=torch.int64, device="meta"))
     coef = torch.empty((), device="meta")
     plus, minus = Probe(direction, coef), Probe(direction, -coef)
-    with _counted(model, batch) as tally:
+    with counted(model, batch) as tally:
         for _ in range(2 if mode == "paired" else 1):  # pairs are made once they are trusted
             _evaluate(probing, plus, minus, lambda: loss(model, batch))
             probing.rehearse([], [], loss)
@@ -99,7 +99,7 @@ def trace_probes(
 
 
 @contextlib.contextmanager
-def _counted(model: nn.Module, batch: Batch) -> Iterator[Tally]:
+def counted(model: nn.Module, batch: Batch) -> Iterator[Tally]:
     """A tally that begins once it is known whether the head is read in slices, which is tried before a first step."""
     with Tally(model, batch) as tally:
         slicing(model)
@@ -108,7 +108,7 @@ def _counted(model: nn.Module, batch: Batch) -> Iterator[Tally]:
 
 
 def _evaluate(probing: ScratchProbing, plus: Probe, minus: Probe, loss: Callable) -> None:
-    with probing.at(plus, minus):
+    with probing.at(plus, [minus]):
         loss()
     if probing.mode == "paired":  # the - half is alive until its closure has taken it
         with probing.at(minus):
@@ -153,12 +153,13 @@ class Tally(TorchDispatchMode):
         self._model = model
         self.restart()
 
-    def restart(self) -> None:
-        """Begin again, with what is alive as the ground that costs are above."""
+    def restart(self) -> int:
+        """Begin again, with what is alive as the ground that costs are above; its bytes."""
         self._ground = self.alive
         self.traffic = self.flops = self.operators = 0
         self._peaks = {"body": self.alive, "logits": self.alive}
         self._part = "body"
+        return self._ground
 
     def cost(self) -> Cost:
         body, logits = (peak - self._ground for peak in self._peaks.values())

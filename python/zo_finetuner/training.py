@@ -23,6 +23,7 @@ from zo_finetuner.config import RunConfig
 from zo_finetuner.encoding import Encoded, context_length
 from zo_finetuner.errors import InputError
 from zo_finetuner.files import whole_folder, write_json, write_text
+from zo_finetuner.fits import require_fits
 from zo_finetuner.hf import ZOTrainerMixin, schedule_of
 from zo_finetuner.hub import push_run, require_hub
 from zo_finetuner.interruption import StopAfterStep
@@ -82,6 +83,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     if config.push_to_hub and leads():
         require_hub(config.push_to_hub)
     work = make_workload(config)
+    require_fits(config)
     model, tokenizer = load_base(config)
     graphs = not joined() and use_graphs(config.graphs, model)
     limit = context_length(model, config.max_length)

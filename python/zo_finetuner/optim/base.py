@@ -142,6 +142,13 @@ class Method(Part):
         """losses: (probes,) fp32 in the order asked."""
         raise NotImplementedError
 
+    def turns(self, step: int) -> bool:
+        """Whether `turn` is to be called before this step is asked: what is seldom done, and never in a graph."""
+        return False
+
+    def turn(self, context: StepContext) -> None:
+        """Make for the steps to come what several share (a subspace).  All updates are in the weights."""
+
     def prepare(self, blocks: Blocks) -> None:
         """`start` for these blocks, unless that is done.  What is made of weights is made of them as they are now."""
         place = (blocks.names, blocks.addresses, blocks.device)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.errors import InputError
-from zo_finetuner.optim.base import Probe, Slope, StepContext, Update
+from zo_finetuner.optim.base import Probe, StepContext, Update
 from zo_finetuner.optim.composed import Composed
 from zo_finetuner.optim.directions import Direction
 from zo_finetuner.optim.estimators import Estimate
@@ -44,8 +44,8 @@ from zo_kernels import Blocks, Form
 @dataclass
 class LowRank(Composed):
     """rank: r.  period: steps of a subspace; 0: one of its own for every direction, which is then divided by sqrt(r).
-    two_sided: as SubZero.  limit: the rank that may be collected before it is merged, 0 for that of one subspace; a
-    side product of rank k costs about k (1/m + 1/n) of a forward, a merge one pass over the weights."""
+    two_sided: as SubZero.  limit: with period 0 the rank that may be collected before it is merged (0: that of one
+    subspace); a side product of rank k costs about k (1/m + 1/n) of a forward, a merge one pass over the weights."""
 
     name: str = "low-rank"
     rank: int = 2
@@ -55,13 +55,15 @@ class LowRank(Composed):
 
     low_rank = True
     whole_only = "its factors are of whole matrices"
-    uniform = False  # a step that begins a subspace is another one
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("period", "limit"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.period and self.limit:
+            raise InputError(f"{self.name}: limit goes with period 0; what is collected in a lasting subspace has its "
+                             f"rank")
         scalar = isinstance(self.rule, Sign) and self.rule.sign == "scalar"
         if self.rule.kernel and not scalar:
             raise InputError(f"{self.name} does not go with the rule {self.rule.kernel}: it keeps a state or looks at "
@@ -70,6 +72,11 @@ class LowRank(Composed):
             raise InputError(f"{self.name} does not go with the estimator slope: it differentiates along dense noise")
         if isinstance(self.subset, Small):
             raise InputError(f"{self.name} does not go with the subset small: a masked product has no low rank")
+
+    @property
+    def uniform(self) -> bool:
+        """With subspaces of their own for all directions, a step merges or does not, by what is collected."""
+        return bool(self.period)
 
     @property
     def directions(self) -> int:
@@ -82,6 +89,13 @@ class LowRank(Composed):
             return 4 * sum((x.m + x.n) * self._layout.limit for x in matrices)
         return 4 * (sum(x.n * r + self.two_sided * x.m * r for x in matrices) + sum(self._layout.sizes))
 
+    @property
+    def merges_per_step(self) -> float:
+        """Passes over the weights: one for each subspace, or whenever the limit is reached."""
+        if self.period:
+            return 1 / self.period
+        return 1 / max(1, -(-self.limit // (self.rank * self.estimator.directions)))
+
     def start(self, blocks: Blocks) -> None:
         super().start(blocks)
         gain = 1.0 if self.period else self.rank**-0.5
@@ -90,16 +104,20 @@ class LowRank(Composed):
         self._subspace: Subspace | None = None
         self._began = -1  # step of this subspace
 
-    def ask(self, context: StepContext) -> list[Probe] | list[Slope]:
-        fresh = self._subspace is None or context.step % max(self.period, 1) == 0
-        if self.period and fresh and context.step != self._began:
-            self._seed.copy_(context.seed(self.estimator.directions))
-            self._began = context.step
-            self._enter(Subspace(self._layout, self._seed))
-        return super().ask(context)
+    def turns(self, step: int) -> bool:
+        fresh = self._subspace is None or step % max(self.period, 1) == 0
+        return bool(self.period) and fresh and step != self._began
+
+    def turn(self, context: StepContext) -> None:
+        self._seed.copy_(context.seed(self.estimator.directions))
+        self._began = context.step
+        self._enter(Subspace(self._layout, self._seed, lasting=True))
 
     def _enter(self, subspace: Subspace) -> None:
-        self._subspace = subspace
+        if self._subspace is None:
+            self._subspace = subspace
+        else:
+            self._subspace.become(subspace)
 
     def draw(self, context: StepContext, form: Form | None = None) -> list[Direction]:
         drawn = super().draw(context, form)[: self.estimator.directions]
@@ -114,7 +132,7 @@ class LowRank(Composed):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.period:
-            self._subspace = Subspace(self._layout, self._seed)
+            LowRank._enter(self, Subspace(self._layout, self._seed, lasting=True))
 
 
 @dataclass
