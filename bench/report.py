@@ -18,15 +18,21 @@ from bench.methods import picture as methods_picture
 from bench.methods.table import table as methods
 from bench.quality import picture as quality_picture
 from bench.quality.verdict import table as quality
-from bench.recipe_table import table_of as recipes
 from bench.rows import newest, read
 from bench.step_tables import headline, step
 from bench.tables import Row
 from bench.when_tables import first_order, memory
 
+
+def _recipes(rows: list[Row]) -> str:
+    from bench.recipe_table import table_of  # checks recipes as `zo train` does, which takes transformers
+
+    return table_of(rows)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "headline": headline, "cpu": tables.cpu, "gpu": tables.gpu, "step": step, "acceptance": tables.acceptance,
-    "quality": quality, "methods": methods, "recipes": recipes,
+    "quality": quality, "methods": methods, "recipes": _recipes,
     "first-order": first_order, "memory": memory,
 }  # fmt: skip
 OPEN = re.compile(r"<!-- bench:([\w-]*) -->")

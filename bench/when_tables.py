@@ -6,7 +6,6 @@ import statistics
 
 from bench.methods.table import label, measured, ranked
 from bench.quality.verdict import Outcome, number
-from bench.recipes import recipes
 from bench.tables import Row, median, table
 
 
@@ -39,6 +38,8 @@ def memory(rows: list[Row]) -> str:
     if not mine:
         return "No rows: `python -m bench recipes`."
     lines = []
+    from bench.recipes import recipes  # takes transformers, which a list of cases does not wait for
+
     for name, recipe in recipes().items():
         own = [r for r in mine if r["provider"] == name]
         if recipe.adapter or recipe.optimizer != "mezo" or not recipe.task:

@@ -45,8 +45,14 @@ def interpreted():
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         backend = importlib.import_module("zo_kernels.backends.triton")
-    take()
+    copies = take()
     sys.modules.update(before)
+    for name in copies:  # `from package import module` takes the package's attribute
+        package, _, last = name.rpartition(".")
+        if name in before:
+            setattr(sys.modules[package], last, before[name])
+        elif package in sys.modules:
+            delattr(sys.modules[package], last)
     return backend
 
 

@@ -4,6 +4,7 @@ and the global index of its first element.  Ops take a `Blocks`, so that one cal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from zo_kernels.noise import tensor_ids
 
+_DTYPE_OF = attrgetter("dtype")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +63,7 @@ class Blocks:
         self.numels = [tensor.numel() for tensor in self.tensors]
         self.whole = list(whole) if whole is not None else self.numels
         self.addresses: tuple[int, ...] = ()
-        self._strides: tuple[tuple[int, ...], ...] = ()
+        self._forms: list[object] = []  # strides, sizes and dtypes
         self.states_apart: tuple[tuple[int, ...], tuple[int, ...]] = (), ()  # addresses known not to overlap
         self.refresh()
         self.index = {name: i for i, name in enumerate(self.names)}
@@ -72,13 +74,13 @@ class Blocks:
 
     def refresh(self) -> tuple[int, ...]:
         """The tensors' addresses, checked again if any has changed, or a stride (`param.data = ...`, `module.to()`, a
-        storage freed by a sharding wrapper).  The same tuple object as long as nothing moved: backends key their
-        tables on it.  0.2 us a tensor."""
+        storage freed by a sharding wrapper) or a dtype or size, which may come to the same address.  The same tuple
+        object as long as nothing changed: backends key their tables on it.  0.3 us a tensor."""
         addresses = tuple(map(Tensor.data_ptr, self.tensors)) if self.device.type != "meta" else ()
-        strides = tuple(map(Tensor.stride, self.tensors))
-        if not addresses or addresses != self.addresses or strides != self._strides:
+        forms = [*map(Tensor.stride, self.tensors), *map(Tensor.numel, self.tensors), *map(_DTYPE_OF, self.tensors)]
+        if not addresses or addresses != self.addresses or forms != self._forms:
             self._check()
-            self.addresses, self._strides = addresses, strides
+            self.addresses, self._forms = addresses, forms
         return self.addresses
 
     def _check(self) -> None:

@@ -20,7 +20,7 @@ def trainable_blocks(model: nn.Module) -> Blocks:
     reshard(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     quantised, adapted = quantised_tensor(model), hasattr(model, "peft_config")
-    if quantised and not adapted and all(p.requires_grad or form(p) for p in model.parameters()):
+    if quantised and not adapted and (not named or all(p.requires_grad or form(p) for p in model.parameters())):
         raise InputError(
             f"{quantised[0]} is {quantised[1]}: zeroth-order steps move floating weights; load the model in bfloat16, "
             f"or train an adapter on it (--adapter lora, peft.get_peft_model)"
