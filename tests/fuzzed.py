@@ -478,7 +478,7 @@ READERS = {
     "published networks": Reader(file("x.pth", torch_zips(published())), read_learned),
     "journal": Reader(file("x.zoj", journals()), read_all_of_a_journal),
     "log": Reader(logs(), read_a_log),
-    "report of a run": Reader(run_folders(), read_a_run, cost=10),
+    "report of a run": Reader(run_folders(), read_a_run, cost=20),
     "checkpoint": Reader(checkpoint_folders(), read_checkpoint),
     "state of learning": Reader(file(STATE, states()), read_saved),
     "settings": Reader(
