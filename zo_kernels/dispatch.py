@@ -98,5 +98,5 @@ def backend_name(device_type: str, op: str = "update_") -> str:
 
 
 def backend(device_type: str, op: str = "update_") -> ModuleType:
-    name = "meta" if device_type == "meta" and _override is None else backend_name(device_type, op)
+    name = "meta" if device_type == "meta" else backend_name(device_type, op)
     return importlib.import_module(f"zo_kernels.backends.{name}")
