@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.optim.create import PRESETS
-from zo_finetuner.reading import read_object, shown
+from zo_finetuner.reading import is_plain, read_object, shown
 from zo_finetuner.tensor_files import read_header
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ def adapter_base(source: str) -> str | None:
     base = read_object(file, "save the adapter again").get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise InputError(f"{file}: names no base_model_name_or_path; write the base model's folder or Hub id there")
+    if not is_plain(base):
+        raise InputError(f"{file}: base_model_name_or_path is {shown(base)}; write the base's folder or Hub id there")
     if (Path(base) / "adapter_config.json").is_file():
         raise InputError(f"{file}: names as its base {shown(base)}, an adapter too; merge that one into its base first")
     return base
