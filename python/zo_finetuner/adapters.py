@@ -93,7 +93,9 @@ def add_adapter(model: nn.Module, adapter: Adapter, seed: int = 0) -> nn.Module:
     elif adapter.kind == "prompt":
         config = peft.PromptTuningConfig(num_virtual_tokens=count, **common)
     else:
-        targets = adapter.targets if adapter.targets in (None, "all-linear") else adapter.targets.split(",")
+        targets = adapter.targets
+        if targets not in (None, "all-linear"):
+            targets = [name.strip() for name in targets.split(",") if name.strip()]
         config = peft.LoraConfig(
             r=adapter.rank or RANK, lora_alpha=adapter.alpha, use_dora=adapter.kind == "dora", target_modules=targets,
             **common,

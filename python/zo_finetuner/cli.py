@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", default="", help="without one, --data or --test-data are rows of your own")
     evaluate.add_argument("--data", help="as for zo train: the test rows that it would hold out are evaluated")
     evaluate.add_argument("--test-data", help="rows of your own to evaluate, all of them")
+    evaluate.add_argument("--dev-data", help="as in training: with it no dev rows are held out")
+    evaluate.add_argument("--num-dev", type=int, help="as in training: test rows are held out after the dev rows")
     add_settings_flag(evaluate, "--columns", "a column of your data by another name, NAME=COLUMN; repeat it")
     evaluate.add_argument("--objective", help="measure by an objective of your own, FILE.py:NAME or MODULE:NAME")
     evaluate.add_argument("--maximize", action="store_true", help="it is one of which more is better")
@@ -177,7 +179,7 @@ def _train(arguments: dict[str, Any]) -> None:
     leave()
 
 
-EVALUATED = ("task", "data", "test_data", "objective", "maximize", "num_eval", "data_seed")
+EVALUATED = ("task", "data", "dev_data", "test_data", "objective", "maximize", "num_dev", "num_eval", "data_seed")
 
 
 def _eval(arguments: dict[str, Any]) -> None:

@@ -129,8 +129,10 @@ class Guard:
             logger.warning("step %d was skipped: a loss %s (%d so far)", step - 1, why, skipped)
         self._told = (skipped, exploded)
         if self._host[len(COUNTED)] > self.limits.max_skipped:
-            self._copy[len(COUNTED)] = 0.0  # who goes on after this has another 35 steps
-            self.share.zero_()
+            self.share.zero_()  # who goes on after this has another 35 steps
+            self.send()
+            if self.state.is_cuda:  # copies that are still under way would bring the old share back
+                torch.cuda.current_stream(self.state.device).synchronize()
             raise UnstableRun(
                 f"stopped before step {step}: more than {self.limits.max_skipped:.0%} of the last steps were skipped "
                 f"({skipped} in all, {exploded} of them since a loss exploded, the others not finite); the weights are "

@@ -56,6 +56,7 @@ class ZOTrainerMixin(WholeCheckpoints):
         self._objective = objective
         self._window: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        self.accelerator.scaler = None  # of fp16: there are no gradients to scale
         self._speed = Speed()
         self.add_callback(self._speed)
         if self.args.n_gpu > 1:
@@ -149,7 +150,11 @@ class ZOTrainerMixin(WholeCheckpoints):
             losses = [self.step_loss(model, dict(batch), num_items_in_batch) for batch in window]
         losses = torch.stack(losses).float()
         weights = torch.ones_like(losses)
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # a Trainer's own word for it, of transformers 5.1 on
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        if scaled:
             # Each loss is already divided by the number of tokens of the whole window, and the Trainer has multiplied
             # it by the number of processes, whose mean is the window's: a window weighs 1.
             weights[1:].zero_()  # a value set by index comes from the host: no CUDA graph

@@ -177,11 +177,12 @@ def _good_records(body: bytes, size: int, count: int) -> list[bool]:
 
 
 def _require_whole(path: Path, body: bytes, size: int, good: list[bool], start: int) -> int:
-    """How many records are whole.  What a crash leaves is a last record in part, or an end of zeros."""
+    """How many records are whole.  What a crash leaves is a last record in part, or followed by zeros."""
     kept = good.index(False) if False in good else len(good)
-    if kept < len(good) - 1 and any(body[kept * size :]):
-        raise InputError(f"{path}: record {kept} (byte {start + kept * size}) is damaged, and {len(good) - kept - 1} "
-                         f"follow it: take a copy of the file, or replay to step {kept} at most (--to {kept})")
+    if kept < len(good) - 1 and any(body[(kept + 1) * size :]):
+        byte = start + kept * size
+        raise InputError(f"{path}: record {kept} (byte {byte}) is damaged, and {len(good) - kept - 1} follow it: take "
+                         f"another copy of the file, or cut this one there (truncate -s {byte})")
     return kept
 
 

@@ -44,6 +44,7 @@ class JournalWriter:
 
     def _open(self, path: Path, flags: int) -> None:
         self.path = path
+        self._failure: OSError | None = None
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | flags, 0o666)
         except FileExistsError:
@@ -52,8 +53,7 @@ class JournalWriter:
             raise InputError(f"{path}: cannot be opened for the journal ({error.strerror})") from None
 
     def _start(self) -> None:
-        self._dirty, self._stop = True, threading.Event()
-        self._failure: OSError | None = None
+        self._dirty, self._stop, self._syncing = True, threading.Event(), threading.Lock()
         # Neither the thread nor what runs when the writer is forgotten, or the program ends, keeps the writer alive.
         self._end = weakref.finalize(self, _finish, self._file, self._stop)
         threading.Thread(
@@ -62,20 +62,21 @@ class JournalWriter:
 
     def append(self, record: bytes) -> None:
         """A record without its checksum.  InputError where the disk takes it no more; the file then ends in what the
-        reader takes for a torn record."""
-        self._write(record + zlib.crc32(record).to_bytes(4, "little"))
-        self._dirty = True
+        reader takes for a torn record, and nothing follows it."""
         if self._failure is not None:
             raise self._told(self._failure)
+        self._write(record + zlib.crc32(record).to_bytes(4, "little"))
+        self._dirty = True
 
     def sync(self) -> None:
         """Everything on the disk; waits for it."""
-        if self._dirty:
-            self._dirty = False
-            try:
-                os.fsync(self._file)
-            except OSError as error:
-                self._failure = error
+        with self._syncing:  # who comes while the thread is at it waits for the same end
+            if self._dirty:
+                self._dirty = False
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    self._failure = error
         if self._failure is not None:
             raise self._told(self._failure)
 
@@ -92,6 +93,7 @@ class JournalWriter:
             while content:
                 content = content[os.write(self._file, content) :]
         except OSError as error:
+            self._failure = error
             raise self._told(error) from None
 
     def _told(self, error: OSError) -> InputError:

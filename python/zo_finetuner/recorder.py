@@ -53,8 +53,11 @@ class Recorder:
             if engine.step_count == 0 and self.path.exists():
                 raise InputError(f"{self.path}: is there already; choose another journal, or go on with that run")
             self._fingerprint = fingerprint(engine.model)
-        merges = getattr(engine.probing, "merges", 0)
-        self._flushed = self._merges is not None and merges != self._merges
+        merges = getattr(engine.probing, "merges", None)  # of low rank
+        if self._merges is None:  # taken up from a checkpoint, whose state was merged when it was saved
+            self._flushed = merges is not None and engine.step_count > 0
+        else:
+            self._flushed = merges != self._merges
 
     def take(
         self, engine: Any, asked: list[Probe | Slope], losses: list[Tensor], update: Update, finite: Tensor,
@@ -78,11 +81,11 @@ class Recorder:
             self.expect(engine.step_count, flags, slot, arrived)
         else:
             self._write(engine.step_count, flags, self._row.bytes)
-        self._merges = getattr(engine.probing, "merges", 0)
+        self._merges = getattr(engine.probing, "merges", None)
 
     def goes_on(self, engine: Any) -> None:
         """An engine was brought to the step where this journal ends: merges from now on belong to the next step."""
-        self._merges = getattr(engine.probing, "merges", 0)
+        self._merges = getattr(engine.probing, "merges", None)
 
     def expect(self, step: int, flags: int, row: Tensor, arrived: Any) -> None:
         """A row is on its way to the host; arrived: its event.  Those that have arrived are written, in order, and the

@@ -84,13 +84,17 @@ def html_page(runs: Sequence[Run], groups: Sequence[Group]) -> str:
             f"<body>\n{body}\n</body>\n</html>\n")  # fmt: skip
 
 
+#: Settings that decide which rows are tested, and by what.
+COMPARED = ("task", "data", "test_data", "columns", "objective", "maximize", "num_eval", "data_seed", "max_length")
+
+
 def summary(runs: Sequence[Run]) -> list[str]:
     """One run in a sentence; of several, which ended best."""
     done = [run for run in runs if is_finite(run.result.get("eval_loss_after"))]
     if not done:
         return ["No run has ended yet." if len(runs) > 1 else f"Not ended: {runs[0].steps} of "
                 f"{escape(str(runs[0].config.get('steps', '?')))} steps are in the log."]  # fmt: skip
-    rows = [name for name in differing(runs) if name in ("task", "data", "num_eval", "data_seed", "max_length")]
+    rows = [name for name in differing(runs) if name in COMPARED]
     if rows:
         return [f"The runs differ in {', '.join(rows)}: their test losses do not compare."]
     best = min(done, key=lambda run: run.result["eval_loss_after"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zo_finetuner.config import RunConfig
 from zo_finetuner.data import Splits, load_splits
 from zo_finetuner.encoding import Encoded, collate, encode_rows, pad_token
+from zo_finetuner.errors import InputError, RunStopped
 from zo_finetuner.evaluation import batches, evaluate_split, evaluating, mean_token_loss, to_device
 from zo_finetuner.isolation import can_pack
 from zo_finetuner.objective import training_loss
@@ -26,6 +27,7 @@ from zo_finetuner.own.encoding import encode_own
 from zo_finetuner.own.formats import Format
 from zo_finetuner.own.objective import OwnObjective, collate_rows
 from zo_finetuner.own.splits import load_own
+from zo_finetuner.ranks import joined
 from zo_finetuner.tasks import Task, get_task
 from zo_finetuner.tasks.templates import Row
 
@@ -129,7 +131,12 @@ class ObjectiveWorkload(Workload):
     def objective(self, tokenizer: Any) -> Objective:
         def weighted(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             count = len(batch["rows"])
-            loss = self._own.loss(self._own(model, tokenizer, batch))
+            try:
+                loss = self._own.loss(self._own(model, tokenizer, batch))
+            except InputError as error:
+                if joined():  # the other processes are in the middle of a step, and cannot be asked for their faults
+                    raise RunStopped(str(error)) from error
+                raise
             loss = torch.as_tensor(loss, dtype=torch.float32, device=batch["input_ids"].device)
             return loss * count, loss.new_full((), count)
 
