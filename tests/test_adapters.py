@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import save_model, save_rows, tiny, tokens
+from noted import Noted
 from references import ANSWERS, GATED, MODELS, SEVERAL, SINGLE, make, reference_loss
 from test_hf import Rows, arguments
 
@@ -31,7 +32,6 @@ from zo_finetuner.evaluation import generate_answers
 from zo_finetuner.hf import ZOTrainer
 from zo_finetuner.isolation import can_pack
 from zo_finetuner.objective import training_loss
-from zo_finetuner.optim import MeZO
 from zo_finetuner.optimizer import create_zo_optimizer
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.slices import slicing
@@ -60,16 +60,6 @@ def require_peft_of_gemma2():
         with pytest.raises(InputError, match="does not read it as it reads tokens"):
             add_adapter(make("Gemma2", "eager"), Adapter("prefix", tokens=3))
         pytest.skip("PEFT 0.18 with transformers 5.0 puts a prefix of Gemma 2 in the wrong place; it is refused")
-
-
-class Noted(MeZO):
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def tell(self, losses):
-        self.told.append(losses)
-        return super().tell(losses)
 
 
 def own_loss(model, ids=IDS):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from noted import Noted
 from references import ANSWERS, COMMON, GATED, SEVERAL, SINGLE, reference_loss
 
 from zo_finetuner.encoding import collate, pad_left
 from zo_finetuner.engine import Engine
 from zo_finetuner.isolation import can_pack
 from zo_finetuner.objective import training_loss
-from zo_finetuner.optim import MeZO
 from zo_kernels import derive_seed, draw_noise, seed_tensor, tensor_ids
 
 EPS = 1e-2
@@ -66,16 +66,6 @@ def test_losses_are_the_models_own(name):
             total += model(input_ids=ids, labels=labels).loss * encoded.option_lengths[0]
         loss, _ = training_loss(model, collate(ANSWERS, 0, packed=packed))
         torch.testing.assert_close(loss, total, rtol=3e-6, atol=0)
-
-
-class Noted(MeZO):
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def tell(self, losses):
-        self.told.append(losses)
-        return super().tell(losses)
 
 
 @pytest.mark.parametrize("probing", ["inplace", "scratch", "paired"])

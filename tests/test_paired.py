@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import VOCAB, tiny, tokens
+from noted import Noted
 from references import ANSWERS, CONFIGS, SEVERAL, SINGLE, make
 from test_hf import losses, weights
 from test_hf import run as train
@@ -18,18 +19,6 @@ from zo_finetuner.optim import MeZO
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS, LR, STEPS = 1e-2, 1e-3, 3  # of three steps the first takes two forwards
-
-
-class Noted(MeZO):
-    """MeZO that keeps the losses it is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.told: list[torch.Tensor] = []
-
-    def tell(self, losses):
-        self.told.append(losses)
-        return super().tell(losses)
 
 
 def run(mode, model, loss_fn, steps=STEPS, eps=EPS, seed=0):

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from models import tiny, tokens
+from noted import Noted
 from references import COMMON
-from test_paired import EPS, LR, Noted, run
+from test_paired import EPS, LR, run
 from torch import nn
 
 from zo_finetuner.engine import Engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from models import tiny, tokens
-from test_paired import DTYPES, EPS, LR, Noted
+from noted import Noted
+from test_paired import DTYPES, EPS, LR
 
 import zo_finetuner.scratch as scratch_module
 from zo_finetuner.engine import Engine

@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 from models import save_model, save_rows, tiny, tokens
+from noted import Noted
 from references import ANSWERS, SINGLE, make, reference_loss
-from test_adapters import EPS, Noted, adapted, own_loss, train
+from test_adapters import EPS, adapted, own_loss, train
 
 from zo_finetuner.adapters import ADAPTERS, Adapter
 from zo_finetuner.cli import main

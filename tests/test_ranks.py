@@ -9,7 +9,7 @@ import rank_checks
 import torch
 from models import save_model, save_rows
 from test_hf import losses, run, weights
-from worlds import World
+from worlds import World, of_two_and_four
 
 from zo_finetuner.agreement import difference
 from zo_finetuner.errors import InputError
@@ -19,14 +19,7 @@ from zo_finetuner.ranks import divided, shares
 from zo_finetuner.replicas import fingerprint, first_difference
 from zo_kernels import seed_tensor
 
-
-@pytest.fixture(scope="module")
-def worlds():
-    """Of 2 and of 4 processes."""
-    started = {size: World(size) for size in (2, 4)}
-    yield started
-    for world in started.values():
-        world.close()
+worlds = of_two_and_four  # a fixture
 
 
 # method, settings, dtype, micro-batches per step, probe ranks, probing

@@ -10,9 +10,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import test_cli
 import torch
 from forks import start, wait
-from models import save_model, save_rows
 from safetensors.torch import load_file
 from test_cli import fails, flags, result
 
@@ -25,15 +25,8 @@ from zo_finetuner.journal import read_journal
 from zo_finetuner.run_folder import RunFolder
 from zo_finetuner.training import TaskTrainer
 
+base = test_cli.base  # a fixture
 pytestmark = pytest.mark.usefixtures("without_pictures")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder / "model")
-    save_rows(folder / "data")
-    return folder
 
 
 def no_journal(base, out, **more):

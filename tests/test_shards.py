@@ -6,11 +6,13 @@ import pytest
 import rank_checks
 import torch
 from test_ops import COEFS, SEEDS
-from worlds import World
+from worlds import of_two_and_four
 
 import zo_kernels as zk
 
 CUTS = (0, 5, 128, 777, 1001, 1537, 1537, 2000)  # unaligned, aligned, and an empty piece
+
+worlds = of_two_and_four  # a fixture
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -41,14 +43,6 @@ def test_rows_have_no_offset():
     theta = torch.zeros(4, 8)
     with pytest.raises(ValueError, match="a shard has an offset instead"):
         zk.scratch(theta, theta[:1].clone(), 1, SEEDS[0], COEFS[0], rows=torch.tensor([1]), offset=8)
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    started = {size: World(size) for size in (2, 4)}
-    yield started
-    for world in started.values():
-        world.close()
 
 
 SHARDED = [

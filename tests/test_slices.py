@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from noted import Noted
 from references import ANSWERS, GATED, MODELS, SEVERAL, VOCABULARY, make
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,16 +114,6 @@ def test_logits_without_a_largest_one():
 
 
 # --- probing
-
-
-class Noted(MeZO):
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def tell(self, losses):
-        self.told.append(losses)
-        return super().tell(losses)
 
 
 def run(model, batch, mode, steps=3, **settings):

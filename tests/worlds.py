@@ -7,6 +7,8 @@ import os
 import socket
 import traceback
 
+import pytest
+
 PRELOAD = ["torch", "transformers", "zo_finetuner.hf", "zo_finetuner.training", "models"]
 
 
@@ -75,3 +77,12 @@ def _serve(end, rank: int, size: int, port: int) -> None:
             end.send((None, check(*arguments)))
         except Exception:
             end.send((traceback.format_exc(), None))
+
+
+@pytest.fixture(scope="module")
+def of_two_and_four():
+    """size -> World, of 2 and of 4 processes."""
+    started = {size: World(size) for size in (2, 4)}
+    yield started
+    for world in started.values():
+        world.close()

@@ -6,6 +6,7 @@ Coefficients, scales and seeds are read as tensors, so nothing here waits for th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -121,18 +122,7 @@ def axpy_(
             _fill(stats, b, blocks.tensors[b])
 
 
-def replay_(
-    blocks: Blocks,
-    seeds: Tensor,
-    coefs: Tensor,
-    scale: Tensor | None,
-    passes: Sequence[int],
-    decays: Tensor | None,
-    rounding_seeds: Tensor | None,
-    stochastic: Sequence[bool],
-    dist: str,
-) -> None:
-    one_by_one(axpy_, blocks, seeds, coefs, scale, passes, decays, rounding_seeds, stochastic, dist)
+replay_ = partial(one_by_one, axpy_)
 
 
 def update_state_(
