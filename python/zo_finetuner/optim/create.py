@@ -96,8 +96,7 @@ def make_method(
     width (`optim/transfer.py`), with a warning; without it they are refused.  Blocks whose learned scale is exactly
     zero are frozen.  settings: of the method and its parts (`optim.settings`), dist among them.  Raises InputError."""
     given = {**(settings or {}), **({} if dist is None else {"dist": dist})}
-    check_method(name, pertnn, given, transfer)
-    method = build(name, PRESETS[name].kind, PRESETS[name].settings, given)
+    method = check_method(name, pertnn, given, transfer)
     if name == "sigma-one":
         method.scales = ones(model)
     elif name == "closed-form":
@@ -117,15 +116,17 @@ def make_method(
 
 def check_method(
     name: str, pertnn: Any = None, settings: Mapping[str, Any] | None = None, transfer: bool = False
-) -> None:
-    """InputError for an unknown name, for settings that it does not have or that cannot work, for nets given to a
-    method that takes none, and for a transfer of nothing."""
+) -> Method:
+    """The method as it is before it has seen a model, which its scales are made for.  InputError for an unknown name,
+    for settings that it does not have or that cannot work, for nets given to a method that takes none, and for a
+    transfer of nothing."""
     if name not in PRESETS:
         raise InputError(f'unknown optimizer "{name}"{nearest(name, PRESETS)}; there are: {", ".join(PRESETS)}')
     preset = PRESETS[name]
-    build(name, preset.kind, preset.settings, settings or {})
+    method = build(name, preset.kind, preset.settings, settings or {})
     if pertnn is not None and (name == "sigma-one" or "scales" in getattr(preset.kind, "fixed", {})):
         why = "all its scales are one" if name == "sigma-one" else reason(preset.kind, "scales")
         raise InputError(f"pertnn is given, but {name} has no nets: {why}")
     if transfer and pertnn is None:
         raise InputError("transfer is asked for, but nothing to transfer is given: give --pertnn FILE")
+    return method
