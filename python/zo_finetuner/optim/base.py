@@ -67,8 +67,8 @@ class Update:
     terms, whose coefficients are then an estimate of the gradient.
 
     loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs.
-    mean: a direction policy's mean, moved by its own terms afterwards.  anchored: instead of terms, theta moves as it
-    says at coefficient 0."""
+    mean: a direction policy's mean and its own terms, among which are the directions of `terms`, without the mean; it
+    moves from what `terms` were made with.  anchored: instead of terms, theta moves as it says at coefficient 0."""
 
     terms: Terms
     loss: Tensor
