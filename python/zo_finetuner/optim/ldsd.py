@@ -6,8 +6,9 @@
 
 Variants: ldsd-sgd, ldsd-adamm, ldsd-jaguar (sign of an average of g z_*).  State: mu, 1 P in `mean_dtype` (fp32, or
 bf16 rounded stochastically), and the rule's (0, 3 P, 1 P).  Forwards per step: K + 1 (published: f_* twice, K + 2).
-Without a state of the rule, theta and an fp32 mu are moved in one pass (`update.py`).  With scales s_b, xi is s_b xi and mu is moved by the natural
-gradient.  Source: LDSD's code and scripts (K 5, std 1, mean_lr 4e-2, cosine to .1 of lr 1e-3 on LoRA).
+Where the rule has no state, theta and an fp32 mu are moved in one pass (`update.py`).  With scales s_b, xi is s_b xi,
+and mu is moved by the natural gradient.  Source: LDSD's code and scripts (K 5, std 1, mean_lr 4e-2, cosine to .1 of lr
+1e-3 on LoRA).
 Deviations: mu is moved with the very directions that were evaluated; the published code regenerates them from the best
 candidate's continuing stream, so that its mu is a random walk (cosine with the gradient 0 instead of -.95).
 JAGUAR: mu starts at zero and all tensors take part; the published code perturbs another random tenth of the tensors
@@ -26,7 +27,7 @@ from torch import Tensor
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
 from zo_finetuner.optim.base import Part, Probe, StepContext, Update
 from zo_finetuner.optim.composed import Directed
-from zo_finetuner.optim.directions import Direction, pick
+from zo_finetuner.optim.directions import Direction, chosen
 from zo_finetuner.optim.estimators import Estimate
 from zo_finetuner.optim.rules import SGD, Rule
 from zo_finetuner.optim.state import DTYPES, new_states
@@ -44,7 +45,10 @@ class LDSD(Directed):
     mean_lr: float = 4e-2
     mean_dtype: str = "float32"
 
-    fixed = {"estimator": "the mean is learned from its own candidates"}
+    fixed = {
+        "estimator": "the mean is learned from its own candidates",
+        "subset": "its mean is one of all weights",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +90,7 @@ class LDSD(Directed):
     def tell(self, losses: Tensor) -> Update | list[Probe]:
         if self._losses is None:
             self._losses = losses
-            seeds = torch.stack([direction.seed for direction in self._candidates])
-            self._star = replace(self._candidates[0], seed=pick(seeds, losses.argmin()))
+            self._star = chosen(self._candidates, losses.argmin())
             return [Probe(self._star, -self._context.eps)]
         pair = torch.stack((self._losses.min(), losses[0]))
         g = (pair[0] - pair[1]) / (2 * self._context.eps)
