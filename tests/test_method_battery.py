@@ -265,8 +265,10 @@ def test_an_exception_leaves_no_trace(case):
             engine.step(loss, LR)
         assert torch.equal(flat(engine), before) and same(kept(engine), memory), at
     run(engine, 2), run(twin, 2)
-    if method(case).low_rank:  # merged at other steps, to other roundings
-        assert (flat(engine) - flat(twin)).abs().max() < 1e-6
+    if method(case).low_rank:
+        # Merged at other steps, to other roundings: either loss is off by an ulp of 1.9e-6, g by 1.9e-5, along a
+        # direction of up to 10, in two steps.
+        assert (flat(engine) - flat(twin)).abs().max() < 2 * 1.9e-5 * LR * 10
     else:
         assert torch.equal(flat(engine), flat(twin))
 
