@@ -268,8 +268,9 @@ def test_an_exception_leaves_no_trace(case):
         assert torch.equal(flat(engine), before) and same(kept(engine), memory), at
     run(engine, 2), run(twin, 2)
     if method(case).low_rank:
-        # Merged at other steps, to other roundings: an ulp of a loss near 20 is 1e-5 of g, and that 2e-7 z of a step.
-        assert (flat(engine) - flat(twin)).abs().max() < 1e-5
+        # Merged at other steps, to other roundings: either loss is off by an ulp of 1.9e-6, g by 1.9e-5, along a
+        # direction of up to 10, in two steps.
+        assert (flat(engine) - flat(twin)).abs().max() < 2 * 1.9e-5 * LR * 10
     else:
         assert torch.equal(flat(engine), flat(twin))
 

@@ -7,12 +7,15 @@ import json
 import pytest
 import rank_checks
 import torch
-from models import save_model, save_rows
-from test_hf import losses, run, weights
+from models import save_model, save_rows, tiny
+from test_hf import Rows, arguments, losses, run, weights
 from worlds import World, of_two_and_four
 
+from zo_finetuner import agreement
 from zo_finetuner.agreement import difference
 from zo_finetuner.errors import InputError
+from zo_finetuner.hf import ZOTrainer
+from zo_finetuner.optim import MeZO
 from zo_finetuner.optim.base import Probe
 from zo_finetuner.optim.directions import Direction
 from zo_finetuner.ranks import divided, shares
@@ -115,8 +118,8 @@ def test_ranks_that_would_not_run_the_same_stop_with_one_line(tmp_path, worlds):
         "(on rank 1 of 2)": ["--model", str(tmp_path / "nowhere")],
         "unknown optimizer": ["--optimizer", "adamw"],
     }
-    for told, arguments in faults.items():
-        (code, message), other = worlds[2].run(rank_checks.command, command_line(tmp_path, *out), {1: arguments})
+    for told, given in faults.items():
+        (code, message), other = worlds[2].run(rank_checks.command, command_line(tmp_path, *out), {1: given})
         assert (code, other) == (2, (2, "")), message
         assert message.count("\n") == 1 and message.startswith("zo: error: ")
         assert told in message or told in ("weights", "training data") and "settings of the run" in message, message
@@ -178,3 +181,26 @@ def test_ranks_on_two_kinds_of_device_differ_in_nothing_else():
     assert difference([here, here | {"device": "cuda"}]) == ""
     told = difference([here, here | {"noise contract": "2"}])
     assert "rank 1 has another noise contract than rank 0 (2, not 1)" in told
+
+
+SIGNS = {"dist": "rademacher"}
+
+
+@pytest.mark.parametrize("zo, goes", [
+    ({}, False), ({"optimizer": "mezo"}, False), ({"optimizer": "mezo", "settings": SIGNS}, True), (SIGNS, True),
+    ({"optimizer": "fzoo"}, True), ({"optimizer": "fzoo", "dist": "normal"}, False),
+    ({"optimizer": MeZO()}, False), ({"optimizer": MeZO(**SIGNS)}, True),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("made", [False, True], ids=["of zo", "made before"])
+def test_two_kinds_of_device_take_random_signs(tmp_path, monkeypatch, zo, goes, made):
+    """What counts is the method of the steps, by whatever name and settings it was asked for."""
+    monkeypatch.setattr(agreement, "exchange", lambda facts: [facts, facts | {"device": "cuda"}])
+    trainer = ZOTrainer(model=tiny("llama"), args=arguments(tmp_path), train_dataset=Rows(), zo=zo)
+    if made:
+        trainer.create_optimizer()
+        trainer._zo_arguments = {}
+    if goes:
+        trainer._require_agreement()
+    else:
+        with pytest.raises(InputError, match="ranks are on cpu and cuda, .* give dist=rademacher"):
+            trainer._require_agreement()

@@ -69,7 +69,7 @@ def require_same(facts: Mapping[str, str], method: Method) -> None:
     kinds = sorted({facts.get("device", "") for facts in ranks})
     if len(kinds) > 1 and getattr(method, "dist", "normal") != "rademacher":
         raise _Told(f"ranks are on {' and '.join(kinds)}, where normal noise differs in its last bits: give "
-                    "--set dist=rademacher, or one kind of device")
+                    "dist=rademacher (zo train: --set dist=rademacher), or one kind of device")
 
 
 def difference(ranks: list[dict[str, str]]) -> str:

@@ -54,6 +54,16 @@ class WholeCheckpoints:
             write_json(folder / SUMS, sums(folder))
         self._remove_old(run)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied parameter is saved under one of its names: the others are not missing."""
+        names = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, set()).add(name)
+        missing = set(load_result.missing_keys)
+        tied = {name for tied in names.values() if not tied <= missing for name in tied}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _remove_old(self, run: Path) -> None:
         """All but the last `save_total_limit`, the best one and the last."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint

@@ -30,6 +30,7 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.masks import masks_unread
 from zo_finetuner.model_card import CardFacts, Result, write_card
 from zo_finetuner.optim.base import Method
+from zo_finetuner.optim.create import check_method
 from zo_finetuner.optimizer import ZOOptimizer, create_zo_optimizer
 from zo_finetuner.progress import Speed
 from zo_finetuner.ranks import Ranks, joined, leads
@@ -118,16 +119,25 @@ class ZOTrainerMixin(WholeCheckpoints):
         super()._save_checkpoint(*args, **kwargs)
 
     def _require_agreement(self) -> None:
-        """InputError where ranks would not take the same steps.  The optimizer is made here: its method is compared."""
-        method = self._zo_arguments.get("optimizer", "mezo")
+        """InputError where ranks would not take the same steps."""
+        method = self._method()
         facts = model_facts(self.model) | {"training data": data_facts(self.train_dataset)}
         own = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
                "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")  # fmt: skip
         facts["TrainingArguments"] = digest([str(getattr(self.args, name)) for name in own])
         plain = {n: value for n, value in self._zo_arguments.items() if isinstance(value, str | int | float | dict)}
-        own = method_facts(method) if isinstance(method, Method) else ""
-        facts["settings of the optimizer"] = digest(plain) + own
+        facts["settings of the optimizer"] = digest(plain) + method_facts(method)
         require_same(facts, method)
+
+    def _method(self) -> Method:
+        """That of the steps to come; of a name, as it is before the model is where it will be trained."""
+        if isinstance(self.zo_optimizer, ZOOptimizer):
+            return self.zo_optimizer.engine.method
+        asked = self._zo_arguments.get("optimizer", "mezo")
+        if isinstance(asked, Method):
+            return asked
+        given = {name: self._zo_arguments[name] for name in ("settings", "dist") if self._zo_arguments.get(name)}
+        return check_method(asked, settings=given.pop("settings", {}) | given)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._window.append(self._prepare_inputs(inputs))

@@ -214,6 +214,7 @@ def _trainer(
         max_grad_norm=0.0,
         accelerator_config={"non_blocking": model.device.type != "cpu"},  # batches are pinned: sending does not wait
         report_to=config.report_to,
+        log_level_replica="error",  # of several processes the first speaks for all
         seed=config.seed,
         remove_unused_columns=False,
         disable_tqdm=True,  # `Progress` has the bar

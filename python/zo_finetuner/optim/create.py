@@ -96,10 +96,8 @@ def make_method(
     width (`optim/transfer.py`), with a warning; without it they are refused.  Blocks whose learned scale is exactly
     zero are frozen.  settings: of the method and its parts (`optim.settings`), dist among them.  Raises InputError."""
     given = {**(settings or {}), **({} if dist is None else {"dist": dist})}
-    check_method(name, pertnn, given, transfer)
-    preset = PRESETS[name]
-    method = build(name, preset.kind, preset.settings, given)
-    scales = preset.scales or (None if pertnn is None else learned_scales)
+    method = check_method(name, pertnn, given, transfer)
+    scales = PRESETS[name].scales or (None if pertnn is None else learned_scales)
     if scales is not None:
         method.scales = scales(model, Asked(method, pertnn, batch_size, seed, normalize, transfer))
     method.prepare(trainable_blocks(model))
@@ -113,14 +111,16 @@ def make_method(
 
 def check_method(
     name: str, pertnn: Any = None, settings: Mapping[str, Any] | None = None, transfer: bool = False
-) -> None:
-    """InputError for an unknown name, for settings that it does not have or that cannot work, for nets given to a
-    method that takes none, and for a transfer of nothing."""
+) -> Method:
+    """The method as it is before it has seen a model, which its scales are made for.  InputError for an unknown name,
+    for settings that it does not have or that cannot work, for nets given to a method that takes none, and for a
+    transfer of nothing."""
     if name not in PRESETS:
         raise InputError(f'unknown optimizer "{name}"{nearest(name, PRESETS)}; there are: {", ".join(PRESETS)}')
     preset = PRESETS[name]
-    build(name, preset.kind, preset.settings, settings or {})
+    method = build(name, preset.kind, preset.settings, settings or {})
     if pertnn is not None and "scales" in preset.kind.fixed:
         raise InputError(f"pertnn is given, but {name} has no nets: {preset.kind.fixed['scales']}")
     if transfer and pertnn is None:
         raise InputError("transfer is asked for, but nothing to transfer is given: give --pertnn FILE")
+    return method
