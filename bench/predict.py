@@ -122,7 +122,7 @@ def compile_calls(dtype: torch.dtype, only: Iterable[str] | None = None) -> dict
     from zo_kernels.backends import triton as backend
 
     found: dict[str, list[Code]] = {}
-    anywhere = mock.patch.object(backend, "_on", lambda device: contextlib.nullcontext())
+    anywhere = mock.patch.object(backend.launch, "on", lambda device: contextlib.nullcontext())
     with offline(90) as launches, use_backend("triton"), anywhere, tempfile.TemporaryDirectory() as folder:
         for name, call in calls(dtype).items():
             if only is not None and name not in only:

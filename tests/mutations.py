@@ -119,3 +119,7 @@ def sometimes_mangled(draw: Any, strategy: st.SearchStrategy[bytes]) -> bytes:
     """One file in three is broken in its bytes too."""
     data = draw(strategy)
     return draw(mangled(data)) if draw(st.integers(0, 2)) == 2 else data
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

@@ -91,6 +91,12 @@ def reference_loss(model, encodeds):
     return sum(F.cross_entropy(reference_scores(model, e), torch.tensor(e.labels[0])) for e in encodeds)
 
 
+def rounding(model, encodeds):
+    """What the order of fp32 sums may change of `reference_loss`: an ulp of each row's largest score, of which its loss
+    is a difference."""
+    return sum(reference_scores(model, e).abs().max().item() for e in encodeds) * 2**-23
+
+
 def read(shared, name, count):
     lines = (shared / "data" / name / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from bounded import bounded, contents
-from fuzzed import CONFIG, HEADER, INDEX, READERS, learned, taken_apart
+from fuzzed import READERS
+from fuzzed_tensors import CONFIG, HEADER, INDEX, learned, taken_apart
 from models import save_model, save_rows
 from safetensors.torch import load_file, save_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,8 +16,9 @@ from zo_finetuner.errors import InputError
 from zo_finetuner.hf import ZOTrainer
 from zo_finetuner.optim import METHODS, PRESETS, Composed, make_method
 from zo_finetuner.optim.rules import RULES
+from zo_finetuner.optim.scales import Asked
 from zo_finetuner.optim.self_calibrated import Calibrated, calibrated_scales
-from zo_finetuner.optim.settings import build
+from zo_finetuner.optim.settings import PARTS, build, settings_of
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN
 from zo_kernels import Blocks, derive_seed, dot_noise, draw_noise, seed_tensor, tensor_ids, use_backend
@@ -35,6 +37,7 @@ CASES |= {
     "leave-one-out, normalized": ("es", {"probes": 3, "spread": False, "rule": "normalized"}),
     "elementwise sign": ("zo-sign", {"sign": "elementwise"}),
     "masked, adamm": ("sparse-mezo", {"rule": "adamm"}),
+    "masked, conservative": ("zo-conservative", {"subset": "small"}),
     "greedy": ("mezo-gv", {"greedy": True, "probes": 3}),
     "ldsd bf16 mean": ("ldsd-sgd", {"mean_dtype": "bfloat16"}),
     "ldsd momentum": ("ldsd-sgd", {"rule": "momentum", "candidates": 3}),
@@ -50,7 +53,7 @@ def method(case, **more):
 def engine_of(case, probing="scratch", seed=SEED, model=None, grouped=False, **more):
     chosen, model = method(case, **more), Problem() if model is None else model
     if chosen.name == "self-calibrated":
-        chosen.scales = calibrated_scales(model, 16) if grouped else one_group(model)
+        chosen.scales = calibrated_scales(model, Asked(chosen)) if grouped else one_group(model)
     return Engine(model, chosen, eps=EPS, seed=seed, probing="auto" if chosen.low_rank else probing)
 
 
@@ -96,7 +99,6 @@ def test_an_update_goes_the_way_its_probes_went(case):
     else:
         ways = torch.stack([seen - before for seen in engine.model.seen], 1)
     if not signs:
-        # A weight near 1 is rounded by 6e-8, a change is some 1e-3; HiZOO's h has moved by alpha c z^2 h in between.
         # A weight near 1 is rounded by 6e-8, a change is some 1e-3; HiZOO's h has moved by alpha c z^2 h in between.
         error = 1e-2 if case == "hizoo" else 1e-3
         left = change - ways @ torch.linalg.lstsq(ways, change, driver="gelsd").solution
@@ -265,8 +267,10 @@ def test_an_exception_leaves_no_trace(case):
             engine.step(loss, LR)
         assert torch.equal(flat(engine), before) and same(kept(engine), memory), at
     run(engine, 2), run(twin, 2)
-    if method(case).low_rank:  # merged at other steps, to other roundings
-        assert (flat(engine) - flat(twin)).abs().max() < 1e-6
+    if method(case).low_rank:
+        # Merged at other steps, to other roundings: either loss is off by an ulp of 1.9e-6, g by 1.9e-5, along a
+        # direction of up to 10, in two steps.
+        assert (flat(engine) - flat(twin)).abs().max() < 2 * 1.9e-5 * LR * 10
     else:
         assert torch.equal(flat(engine), flat(twin))
 
@@ -375,7 +379,10 @@ REFUSED = [
     ("zo-adam", {"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
     ("mezo", {"rule": "adams"}, 'unknown rule "adams" .did you mean "adam"'),
     ("mezo", {"beta": 0.5}, 'mezo has no setting "beta"'),
-    ("zo-conservative", {"rule": "adam"}, "zo-conservative takes no rule: it tries three points of one line"),
+    ("zo-conservative", {"rule": "adam"}, "zo-conservative goes with the rule sgd alone: it tries the very points"),
+    ("zo-conservative", {"probes": 2}, "probes must be 1, got 2: the points that are tried lie on one line"),
+    ("hizoo", {"subset": "small"}, "hizoo takes no subset: its curvature already scales every weight"),
+    ("ldsd-sgd", {"subset": "small"}, "ldsd-sgd takes no subset: its mean is one of all weights"),
     ("hizoo", {"rule": "adam"}, "hizoo takes no rule: its curvature is updated in the pass"),
     ("hizoo", {"alpha": -1}, "alpha must be at least 0"),
     ("ldsd-sgd", {"estimator": "central"}, "takes no estimator: the mean is learned from its own candidates"),
@@ -392,6 +399,23 @@ REFUSED = [
 def test_what_cannot_work_is_told(name, settings, message):
     with pytest.raises(InputError, match=message):
         make_method(name, Problem(), settings=settings)
+
+
+def test_every_kind_says_why_it_has_no_choice_of_a_part():
+    for preset in PRESETS.values():
+        fields = {field.name for field in dataclasses.fields(preset.kind)}
+        assert {*PARTS, "scales"} <= fields | preset.kind.fixed.keys(), preset.kind
+
+
+@pytest.mark.parametrize(
+    "name, part, choice, left",
+    [("es", "estimator", "central", 1), ("fzoo", "estimator", "bayesian", 2), ("mezo", "estimator", "one-sided", 8)],
+)
+def test_a_part_that_is_chosen_away_takes_its_settings_along(name, part, choice, left):
+    assert make_method(name, Problem(), settings={part: choice}).directions == left
+    kept = make_method(name, Problem(), settings={part: choice, "probes": 3, "samples": 3}
+                       if choice == "bayesian" else {part: choice, "probes": 3})  # fmt: skip
+    assert kept.directions == 3
 
 
 def test_what_does_not_go_with_the_model_is_told(monkeypatch):
@@ -422,8 +446,6 @@ def test_another_runs_state_is_refused():
 
 def test_settings_of_a_composition_have_names_of_their_own():
     """A setting must not fall to two parts at once."""
-    from zo_finetuner.optim.settings import PARTS, settings_of
-
     for estimator in PARTS["estimator"].values():
         for rule in RULES.values():
             for subset in PARTS["subset"].values():

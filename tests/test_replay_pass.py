@@ -125,7 +125,7 @@ def test_the_kernel_compiles_for_a_gpu_and_does_not_spill(tmp_path, monkeypatch)
     from bench.sass import Kernel, accesses, offline
     from zo_kernels.backends import triton as backend
 
-    monkeypatch.setattr(backend, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(backend.launch, "on", lambda device: contextlib.nullcontext())
     blocks = blocks_of([torch.empty(4096, dtype=torch.bfloat16)])
     with offline() as launches:
         backend.replay_(blocks, *options("decay", 1, "cpu"), "normal")

@@ -26,7 +26,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def _cpu_tensors_pass(monkeypatch):
-    monkeypatch.setattr(backend, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(backend.launch, "on", lambda device: contextlib.nullcontext())
 
 
 def blocks_of(dtypes, shift=0, view=None) -> Blocks:

@@ -34,7 +34,7 @@ def test_importing_the_package_imports_no_triton():
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():
     backend = importlib.import_module("zo_kernels.backends.triton")
-    if not backend.HARDWARE.value:
+    if not backend.launch.HARDWARE.value:
         pytest.skip("TRITON_INTERPRET is set")
     with pytest.raises(ValueError, match="needs cuda tensors, got cpu"):
         backend.noise(torch.empty(8), seed_tensor(1), 1, 0, "normal")

@@ -57,8 +57,8 @@ def test_both_signs_from_one_read_are_the_two_passes(target, theta, nearest_abov
 @pytest.mark.parametrize("shape", [(12, 128), (8, 384), (16, 33), (40,), (40, 3, 7)], ids=str)
 def test_scratch_of_rows_is_a_part_of_the_whole(target, monkeypatch, shape):
     """Rows that begin inside a span, repeat, or have any width: the noise and rounding of their place."""
-    monkeypatch.setattr(target.backend, "BLOCK", 256)
-    monkeypatch.setattr(target.backend, "SPAN", 512)
+    monkeypatch.setattr(target.backend.launch, "BLOCK", 256)
+    monkeypatch.setattr(target.backend.launch, "SPAN", 512)
     theta = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     rows, options = [shape[0] - 1, 0, 7, 7, 2], {"nearest_above": 1.0, "mirror": True}
     place = theta.to(target.device)
@@ -73,8 +73,8 @@ def test_scratch_of_rows_is_a_part_of_the_whole(target, monkeypatch, shape):
 
 @pytest.mark.parametrize("offset", [256, 2**33 + 1000])
 def test_the_scratch_of_a_shard_has_the_noise_of_its_place(target, monkeypatch, offset):
-    monkeypatch.setattr(target.backend, "BLOCK", 256)
-    monkeypatch.setattr(target.backend, "SPAN", 512)
+    monkeypatch.setattr(target.backend.launch, "BLOCK", 256)
+    monkeypatch.setattr(target.backend.launch, "SPAN", 512)
     theta = torch.randn(1111, generator=torch.Generator().manual_seed(4)).bfloat16()
     place, options = theta.to(target.device), {"nearest_above": 1.0, "mirror": True}
     expected = scratches(reference, theta, 1e-3, "rademacher", offset=offset, **options)

@@ -93,8 +93,8 @@ def test_all_layouts_give_the_same_bits(target, monkeypatch, rule):
     """Tile and chunk size, states off their 16-byte boundary."""
     expected = stepped(target.backend, rule, 1, "normal", target.device)
     assert all(map(torch.equal, stepped(target.backend, rule, 1, "normal", target.device, shift=1), expected))
-    monkeypatch.setattr(target.backend, "STATE_BLOCK", 512)
-    monkeypatch.setattr(target.backend, "CHUNK", 1024)
+    monkeypatch.setattr(target.backend.launch, "STATE_BLOCK", 512)
+    monkeypatch.setattr(target.backend.launch, "CHUNK", 1024)
     assert all(map(torch.equal, stepped(target.backend, rule, 1, "normal", target.device), expected))
 
 

@@ -24,12 +24,12 @@ HEAD = 128  # elements whose mean is a chunk's shift
 @pytest.fixture(autouse=True)
 def _several_chunks_per_tensor_and_tiles_per_chunk(target, monkeypatch):
     for name, value in {"BLOCK": 512, "UPDATE_BLOCK": 512, "CHUNK": 2048, "SPAN": 2048}.items():
-        monkeypatch.setattr(target.backend, name, value)
+        monkeypatch.setattr(target.backend.launch, name, value)
 
 
 def additions(backend, dtype) -> int:
     """fp32 additions that an element goes through: over the 16 bytes of a thread, then over a chunk's tiles."""
-    return 16 // dtype.itemsize + backend.CHUNK // backend.BLOCK
+    return 16 // dtype.itemsize + backend.launch.CHUNK // backend.launch.BLOCK
 
 
 def budgets(backend, x, before, offset):
@@ -38,7 +38,7 @@ def budgets(backend, x, before, offset):
     With A additions, |error of sum d| <= (A + 1) u sum |d| and |error of sum d^2| <= (A + 4) u sum d^2: d is rounded,
     and squared.  M2 = sum d^2 - (sum d)^2 / n, and a chunk's mean enters the spread of the means."""
     a, n, mean = additions(backend, before.dtype), x.numel(), x.mean()
-    starts = chunk_starts(n, offset, backend.CHUNK).clamp(min=0).tolist()
+    starts = chunk_starts(n, offset, backend.launch.CHUNK).clamp(min=0).tolist()
     sums = squares = 0.0
     for start, stop in zip(starts, [*starts[1:], n], strict=True):
         d = x[start:stop] - before[start : min(stop, start + HEAD)].double().mean().float()

@@ -77,9 +77,9 @@ def test_all_forms_give_the_same_bits(target, monkeypatch, dtype, rounding):
     theta = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(dtype)
 
     def run(*, block=2048, chunk=1 << 16, warps=4, form=None):
-        monkeypatch.setitem(target.backend.LAUNCH, "num_warps", warps)
-        monkeypatch.setattr(target.backend, "BLOCK", block)
-        monkeypatch.setattr(target.backend, "CHUNK", chunk)
+        monkeypatch.setitem(target.backend.launch.OPTIONS, "num_warps", warps)
+        monkeypatch.setattr(target.backend.launch, "BLOCK", block)
+        monkeypatch.setattr(target.backend.launch, "CHUNK", chunk)
         whole = theta.clone().to(target.device)
         options = {"scale": None, "rounding": rounding}
         if form == "misaligned":

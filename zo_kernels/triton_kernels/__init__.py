@@ -4,6 +4,7 @@
     rounding    fp32 to bf16 and fp16, to nearest and stochastically
     directions  what directions, in their form, do to a tile: the update and its rounding
     span        the shared walk over consecutive elements: 128-bit body, masked tail
+    launch      what every launch shares: sizes of tiles, the device, the second stage of statistics
     table       one launch for many tensors: the tables, built and read
     statistics  mean, variance, norm, non-finite count, in two stages
     axpy        one launch for a whole model's tensors, in place
