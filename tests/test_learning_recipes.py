@@ -127,6 +127,16 @@ def test_gains_have_floors():
     assert other.gain.count == 0, "dots with different noise are not compared"
 
 
+def test_a_vocabulary_earns_no_more_than_the_other_blocks():
+    """100 for 40 elements of the others: 2.5 each, of which an embedding had more and a head less."""
+    names = ["embed_tokens.weight", "layers.0.q_proj.weight", "layers.0.v_proj.weight", "lm_head.weight"]
+    layout = Layout(Blocks((name, torch.zeros(count)) for name, count in zip(names, (1000, 10, 30, 50), strict=True)))
+    gain = torch.tensor([9000.0, 10.0, 90.0, 20.0])
+    assert torch.equal(layout.lasting(gain), torch.tensor([2500.0, 10.0, 90.0, 20.0]))
+    alone = Layout(Blocks((name, torch.zeros(10)) for name in (names[0], names[3])))
+    assert torch.equal(alone.lasting(gain[:2]), gain[:2])
+
+
 def test_costs_that_scatter_are_drawn_to_their_kind():
     """Costs per element 2 +- 1 in one kind, measured with errors of .01 and of 10: kept, and pooled."""
     kinds = ["q_proj"] * 4 + ["v_proj"] * 4 + ["norm"]

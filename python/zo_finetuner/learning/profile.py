@@ -39,6 +39,7 @@ from zo_kernels import Blocks, derive_seed, seed_tensor
 DIST = "rademacher"  # less variance in a trace than normal noise, and a seventh of the instructions
 CHECKS = 4  # further directions whose dots compare two batches
 LEAST_GAIN = 0.02  # of a block's energy: estimates of its gain scatter by a quarter of that energy
+VOCABULARY = ("embedding", "head")  # kinds of blocks with a row for every token
 LEAST_COST = 0.05  # of a block's share of the elements in the whole cost
 
 
@@ -159,6 +160,17 @@ class Layout:
         kinds = torch.tensor([KINDS.index(block_kind(name)) for name in blocks.names], device=blocks.device)
         present = kinds.unique()
         self._members = (kinds == present[:, None]).float()  # (kinds, blocks)
+        self._vocabulary = torch.tensor([block_kind(name) in VOCABULARY for name in blocks.names], device=blocks.device)
+
+    def lasting(self, gain: Tensor) -> Tensor:
+        """Gains, (blocks,), of which other tasks have their part: a vocabulary's, per element, are no more than the
+        mean of all other blocks.  What a classification loss gains there is in the rows of its few answers; noise goes
+        to all rows, and costs nothing until a loss asks for them (bench/LOG.md)."""
+        if self._vocabulary.all():
+            return gain
+        others = torch.where(self._vocabulary, 0.0, 1.0)
+        most = (gain * others).sum() / (self.numels * others).sum() * self.numels
+        return torch.where(self._vocabulary, torch.minimum(gain, most), gain)
 
     def pooled(self, cost: Mean) -> Tensor:
         """Costs, (blocks,) fp32 > 0, from estimates that scatter: costs per element of one kind of block are drawn to

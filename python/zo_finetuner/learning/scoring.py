@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.history import History
-from zo_finetuner.learning.profile import Estimate, Mean, divergence, sample
+from zo_finetuner.learning.profile import Estimate, Layout, Mean, divergence, sample
 from zo_finetuner.learning.streaming import LossFn, Weights
 from zo_finetuner.pertnn import PertNN, normalizer
 from zo_finetuner.scale_net import ScaleNet
@@ -72,7 +72,7 @@ def measure(
         losses.append(taken.losses)
     seen = history.copy()
     seen.remember(torch.stack(losses).mean(dim=0))
-    return Point(task, weights.stats(), seen, estimate.least_gain())
+    return Point(task, weights.stats(), seen, Layout(weights.blocks).lasting(estimate.least_gain()))
 
 
 def score(points: list[Point], numels: Tensor, nets: PertNN | ScaleNet, share: Tensor) -> float:
