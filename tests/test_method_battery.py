@@ -359,11 +359,18 @@ def test_learned_scales_go_with_other_rules_and_estimators():
         assert 0 < engine.metrics()["scale_min"] < engine.metrics()["scale_max"]
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (ends[0] - ends[1]).abs().max() < 5e-6
-    model = tiny("llama")
-    method = make_method("es", model, pertnn=nets, settings={"probes": 3})
-    engine = Engine(model, method, eps=1e-2)
-    loss = engine.step(lambda: model(input_ids=ids, labels=ids).loss, 1e-3)
-    assert method.scales.history.losses.tolist() == [loss.item()] * 2
+    for name, settings in (("es", {"probes": 3}), ("ldsd-sgd", {"candidates": 3}), ("zo-conservative", {})):
+        model, seen = tiny("llama"), []
+        chosen = make_method(name, model, pertnn=nets, settings=settings)
+        engine = Engine(model, chosen, eps=1e-2)
+
+        def loss(model=model, seen=seen):
+            seen.append(model(input_ids=ids, labels=ids).loss)
+            return seen[-1]
+
+        step = engine.step(loss, 1e-3)
+        fed = {"es": [step, step], "ldsd-sgd": [min(seen[:3]), seen[-1]], "zo-conservative": seen[1:3]}[name]
+        assert chosen.scales.history.losses.tolist() == [float(value) for value in fed]
 
 
 REFUSED = [
