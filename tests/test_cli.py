@@ -219,6 +219,21 @@ def test_bad_settings(base, tmp_path, capsys, bad, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("tensorbord", ('unknown report_to "tensorbord" (did you mean "tensorboard"?)', "none, all, ", "wandb")),
+    ("", ('unknown report_to ""', "none, all, ")),
+    ("mlflow", ("report_to mlflow: ", "requires mlflow to be installed", "pip install mlflow")),
+    ("kubeflow", ("report_to kubeflow: ", "KUBEFLOW_TRAINER_SERVER_URL")),
+])  # fmt: skip
+def test_reporters_that_cannot_begin(base, tmp_path, capsys, monkeypatch, name, words):
+    """In one line, also where the half-made reporter fails once more as it goes (mlflow's)."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
+    fails(capsys, flags(base, tmp_path / "run", report_to=name), *words)
+    assert not told and not (tmp_path / "run").exists()
+
+
 def test_bad_config_files(base, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     for text, words in (

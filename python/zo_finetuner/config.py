@@ -98,7 +98,7 @@ class RunConfig:
     eval_batch_size: int = _option(32, "sequences per evaluation batch")
     eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
     logging_steps: int = _option(10, "steps between logged losses")
-    report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
+    report_to: str = _option("none", "a Hugging Face reporter, e.g. tensorboard; all: those that are installed")
     push_to_hub: str | None = _option(None, "send the model, its card and the journal to this repository, USER/NAME")
     resume: bool = _option(False, "go on where the run in output_dir ended (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")

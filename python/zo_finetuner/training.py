@@ -38,6 +38,7 @@ from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.replay import branch_off
 from zo_finetuner.report_page import PAGE, PICTURE, write_report
+from zo_finetuner.reporters import require_reporter
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
@@ -80,6 +81,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     out = Path(config.output_dir)
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
+    require_reporter(config.report_to)
     if config.push_to_hub and leads():
         require_hub(config.push_to_hub)
     work = make_workload(config)
