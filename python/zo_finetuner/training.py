@@ -131,14 +131,13 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         else:
             trainer.resume(position)
     seconds, training = time.perf_counter() - started, _peak_bytes()
-    history = trainer.state.log_history
+    history, engine = trainer.state.log_history, trainer.zo_optimizer.engine
     if journalled and config.checkpoints:
-        take_best(config, model, out / JOURNAL, history)
+        take_best(config, engine, out / JOURNAL, history)
     best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
 
-    engine = trainer.zo_optimizer.engine
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
