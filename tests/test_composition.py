@@ -31,12 +31,13 @@ UNBIASED = {
 }
 
 
+@pytest.mark.parametrize("curvature", [0.0, 1.0], ids=["linear", "quadratic"])
 @pytest.mark.parametrize("name", UNBIASED)
-def test_estimates_are_unbiased_with_the_variance_of_the_theory(name):
+def test_estimates_are_unbiased_with_the_variance_of_the_theory(name, curvature):
     """z-test of each of 45 coordinates over 600 steps, and the squared error to 15 % (it is a mean of chi-squares, each
-    of relative spread about 1.4, so its standard error is 6 %)."""
+    of relative spread about 1.4, so its standard error is 6 %) of a linear loss, where the theory is exact."""
     settings, variance = UNBIASED[name]
-    model, samples = Problem(curvature=0.0), []  # linear, where the theory is exact
+    model, samples = Problem(curvature), []
     engine = Engine(model, build("mezo", Composed, {}, settings), eps=EPS, seed=1, probing="inplace")
     gradient, start = model.gradient(), [p.detach().clone() for p in model.parameters()]
     for _ in range(600):
@@ -50,6 +51,8 @@ def test_estimates_are_unbiased_with_the_variance_of_the_theory(name):
     z = (samples.mean(0) - gradient) / (samples.std(0) / math.sqrt(len(samples)))
     assert z.abs().max() < 4.2  # 45 coordinates: P(|z| > 4.2) is 1.2e-3 in all
     error = (samples - gradient).square().sum(1).mean() / gradient.square().sum()
+    if curvature and "one" in name:  # a curvature is noise to one side
+        return
     assert error.item() == pytest.approx(variance(45), rel=0.15)
 
 
