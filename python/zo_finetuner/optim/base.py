@@ -162,6 +162,12 @@ class Method(Part):
         """Everything in memory, of parts too."""
         return dict(self.memory)
 
+    def release(self) -> None:
+        """Free what it keeps for every weight, whoever still holds it.  No step can follow."""
+        for kept in self.state_dict().values():
+            for tensor in kept if isinstance(kept, list) else []:
+                tensor.untyped_storage().resize_(0)
+
     def state_dict(self) -> dict[str, Any]:
         return {**self.kept(), **self.states}
 
