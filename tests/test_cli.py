@@ -375,6 +375,14 @@ def test_unknown_flags_are_errors():
     assert run.returncode == 2 and "--modle" in run.stderr
 
 
+def test_what_torchao_says_when_it_is_imported_is_not_passed_on(base):
+    """transformers imports it wherever it is installed, and it tells of every library of its own that does not load."""
+    pytest.importorskip("torchao")
+    argv = [sys.executable, "-m", "zo_finetuner.cli", "plan", "--model", base / "model", "--seq", "8"]
+    run = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert not any(word in run.stderr for word in ("torchao", "KernelPreference")), run.stderr
+
+
 def test_every_verb_has_an_example_that_it_takes():
     parser = _parser()
     (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
