@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from zo_finetuner.encoding import Encoded
 from zo_finetuner.history import History
 from zo_finetuner.learning.closed_form import batch_energy, closed_form_sigma
 from zo_finetuner.learning.improved import WARM, ImprovedRecipe
 from zo_finetuner.learning.profile import Estimate, Layout, Mean, Sample, divergence, sample
 from zo_finetuner.learning.scoring import Point, measure, score
+from zo_finetuner.learning.sources import LearningSet
 from zo_finetuner.learning.streaming import Turn, Weights
 from zo_finetuner.pertnn import PertNN, normalizer
 from zo_finetuner.scale_net import ScaleNet
@@ -241,6 +243,24 @@ def test_closed_form_is_the_energy_per_element(estimated):
         assert torch.allclose(s, expected.clamp(1 / 16, 16), rtol=1e-5)
     extreme = closed_form_sigma(torch.tensor([0.0, 1.0, 1.0]), numels, share, 1.0)
     assert float(extreme[0]) == 0.25, "s is clipped to 1/16"
+
+
+def test_a_classification_set_counts_a_vocabulary_as_others():
+    """SST-2's rows say so, a text's do not; a point of the former has the gain of the latter, limited."""
+    rows = [Encoded(kind, ((1, 2), (1, 3)), (1, 1), (0,), (1,)) for kind in ("classification", "generation")]
+    few, many = (LearningSet("x", [row], [row]) for row in rows)
+    assert few.few_answers and not many.few_answers
+    model = nn.Module()
+    model.embed_tokens, model.q_proj = nn.Linear(4, 1, bias=False), nn.Linear(3, 1, bias=False)
+    weights, slope = Weights(model), torch.tensor([9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 1.0])
+
+    def point(learning_set):
+        loss = lambda k: lambda: slope @ torch.cat([p.flatten() for p in model.parameters()])  # noqa: E731
+        return measure(weights, loss, History.start(2), Mean(), task=0, seed=9, eps=1e-3,
+                       few_answers=learning_set.few_answers)  # fmt: skip
+
+    wide, narrow = point(many).gain, point(few).gain
+    assert narrow[1] == wide[1] and narrow[0] == pytest.approx(4 * float(wide[1]) / 3, rel=1e-6) and wide[0] > narrow[0]
 
 
 def test_scores_rank_what_is_known(estimated):

@@ -142,6 +142,12 @@ def test_labels_name_as_few_settings_as_tell_groups_apart():
     assert [group.label for group in grouped(runs[:1])] == ["a"]
 
 
+def test_a_setting_whose_name_is_a_number_is_no_crash():
+    odd = a_run()
+    odd.config[1] = None
+    assert len(grouped([a_run(), odd])) == 2
+
+
 def test_runs_on_other_test_rows_are_not_ranked():
     text = page_of(a_run(num_eval=100), a_run("runs/b", num_eval=200))
     assert "differ in num_eval: their test losses do not compare" in text and "Lowest" not in text

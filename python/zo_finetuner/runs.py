@@ -138,7 +138,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Runs of the same settings besides `ASIDE` together, in the order in which they come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr({k: v for k, v in sorted(run.config.items()) if k not in ASIDE}), []).append(run)
+        settings = sorted(run.config.items(), key=repr)  # a key of a YAML file may be a number
+        groups.setdefault(repr([pair for pair in settings if pair[0] not in ASIDE]), []).append(run)
     found = list(groups.values())
     return [Group(label, tuple(members)) for label, members in zip(_labels(found), found, strict=True)]
 

@@ -7,8 +7,8 @@ the noise becomes its share of the run's whole gain.
 
 Against the published recipe: sigma is 1 at the start, its logarithm is learned from scale-free inputs
 (`scale_net.py`), with Adam in fp32, and averaged over the last steps; the normaliser is in the graph; the gain compares
-two batches, so that a block whose gradient is batch noise earns nothing, and embedding and head earn no more for what
-only one task asks of them; and nothing is divided by a million.
+two batches, so that a block whose gradient is batch noise earns nothing, and a vocabulary earns no more for the few
+rows that a classification task asks of it; and nothing is divided by a million.
 
 The simulated run is deployment's mean, `stretch` two-point steps per first-order step, at deployment's own rate:
 
@@ -84,7 +84,9 @@ class ImprovedRecipe:
         estimate.add(taken)
         if warm:
             self.optimizer.zero_grad()
-            gain = self.layout.lasting(estimate.least_gain())
+            gain = estimate.least_gain()
+            if turn.few_answers:
+                gain = self.layout.lasting(gain)
             # Where a run gains little its shares are noise, and matter little.
             first = self._first_gains.setdefault(turn.task, gain.sum())
             ((gain.sum() / first) * divergence(gain, self.layout.numels, s)).backward()

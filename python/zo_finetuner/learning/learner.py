@@ -122,6 +122,7 @@ class Learner:
                     seed=derive_seed(self.settings.seed, number * len(self.sets) + task, 0),
                     place=i / self.steps,
                     slower=self.slower,
+                    few_answers=learning_set.few_answers,
                 )
                 loss = float(self.recipe.step(turn))
                 recent[task].append(loss)
@@ -170,6 +171,7 @@ class Learner:
                 task=task,
                 seed=derive_seed(self.settings.seed, task, 1 if at_base else 2),
                 eps=self.settings.eps,
+                few_answers=learning_set.few_answers,
             )
             self.points.append(point)
             if at_base:

@@ -163,9 +163,9 @@ class Layout:
         self._vocabulary = torch.tensor([block_kind(name) in VOCABULARY for name in blocks.names], device=blocks.device)
 
     def lasting(self, gain: Tensor) -> Tensor:
-        """Gains, (blocks,), of which other tasks have their part: a vocabulary's, per element, are no more than the
-        mean of all other blocks.  What a classification loss gains there is in the rows of its few answers; noise goes
-        to all rows, and costs nothing until a loss asks for them (bench/LOG.md)."""
+        """Gains of a classification loss, (blocks,), of which other tasks have their part: a vocabulary's, per element,
+        are no more than the mean of all other blocks.  They are those of its few answers' rows; noise goes to all rows,
+        and costs nothing until a loss asks for them (bench/LOG.md)."""
         if self._vocabulary.all():
             return gain
         others = torch.where(self._vocabulary, 0.0, 1.0)

@@ -60,9 +60,10 @@ class Point:
 
 
 def measure(
-    weights: Weights, batch: Callable[[int], LossFn], history: History, cost: Mean, *, task: int, seed: int, eps: float
-) -> Point:
-    """The weights as they are on held-out batches 0, 1, ...  cost: is added to."""
+    weights: Weights, batch: Callable[[int], LossFn], history: History, cost: Mean, *, task: int, seed: int, eps: float,
+    few_answers: bool = False,
+) -> Point:  # fmt: skip
+    """The weights as they are on held-out batches 0, 1, ...  cost: is added to.  few_answers: the set's."""
     estimate, losses = Estimate(None, cost), []
     step = torch.tensor(eps, dtype=torch.float32, device=weights.device)
     for number in range(SAMPLES):
@@ -72,7 +73,8 @@ def measure(
         losses.append(taken.losses)
     seen = history.copy()
     seen.remember(torch.stack(losses).mean(dim=0))
-    return Point(task, weights.stats(), seen, Layout(weights.blocks).lasting(estimate.least_gain()))
+    gain = estimate.least_gain()
+    return Point(task, weights.stats(), seen, Layout(weights.blocks).lasting(gain) if few_answers else gain)
 
 
 def score(points: list[Point], numels: Tensor, nets: PertNN | ScaleNet, share: Tensor) -> float:

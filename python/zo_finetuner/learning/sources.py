@@ -28,6 +28,11 @@ class LearningSet:
     train: list[Encoded]
     held_out: list[Encoded]
 
+    @property
+    def few_answers(self) -> bool:
+        """Whether its loss is a choice between candidates: it asks for few rows of a vocabulary."""
+        return all(row.kind == "classification" for row in self.train)
+
     def require(self, batch_size: int) -> None:
         """InputError unless a batch can be learned on and another one held out."""
         for rows, what in ((self.train, "learn on"), (self.held_out, "hold out")):

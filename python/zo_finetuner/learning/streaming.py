@@ -37,7 +37,7 @@ LossFn = Callable[[], Tensor]
 class Turn:
     """One batch's turn in learning.  loss_fn: () -> differentiable loss (0-dim) on the batch at the weights as they
     are.  task: which learning set.  history: what its policy remembers.  place: of the step in its window, from 0 to
-    below 1.  slower: factor on the trajectory's rate."""
+    below 1.  slower: factor on the trajectory's rate.  few_answers: the set's (`sources.py`)."""
 
     loss_fn: LossFn
     task: int
@@ -45,6 +45,7 @@ class Turn:
     seed: int
     place: float
     slower: float = 1.0
+    few_answers: bool = False
 
 
 class Weights:
