@@ -166,6 +166,26 @@ def test_methods_of_other_rounds_train(base, tmp_path, name, settings, forwards)
     assert written["eval_loss_after"] != written["eval_loss_before"]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "given", "taken", "share"),
+    [
+        ("ldsd-sgd", {}, "cosine_with_min_lr", 0.1 + 0.45 * (1 + math.cos(5 / 6 * math.pi))),
+        ("ldsd-sgd", {"lr_scheduler": "constant"}, "constant", 1.0),
+        ("mezo", {}, "constant", 1.0),
+        ("mezo", {"lr_scheduler": "cosine_warmup_with_min_lr", "warmup_steps": 1}, "cosine_warmup_with_min_lr", 0.1),
+        ("mezo", {"lr_scheduler": "warmup_stable_decay", "steps": 20}, "warmup_stable_decay", 0.5),
+    ],
+)
+def test_the_rate_ends_where_its_schedule_says(base, tmp_path, optimizer, given, taken, share):
+    """The last step's: of the optimizer's own schedule where none is given; schedules that need a number get it."""
+    out = tmp_path / "run"
+    assert main([*flags(base, out, optimizer=optimizer, lr=1e-4, **given), "--no-checkpoints", "--no-save-model"]) == 0
+    assert result(out)["config"]["lr_scheduler"] == taken
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    seen = [entry["learning_rate"] for entry in entries if "learning_rate" in entry]
+    assert seen[-1] == pytest.approx(share * 1e-4, abs=1e-12) and max(seen) <= 1e-4
+
+
 BAD_SETTINGS = [
     (dict(task="sst3"), ('"sst3"', '"sst2"')),
     (dict(optimizer="mezzo"), ('"mezzo"', 'did you mean "mezo"')),
@@ -353,6 +373,14 @@ def test_unknown_flags_are_errors():
     argv = [sys.executable, "-m", "zo_finetuner.cli", "train", "--modle", "x"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "--modle" in run.stderr
+
+
+def test_what_torchao_says_when_it_is_imported_is_not_passed_on(base):
+    """transformers imports it wherever it is installed, and it tells of every library of its own that does not load."""
+    pytest.importorskip("torchao")
+    argv = [sys.executable, "-m", "zo_finetuner.cli", "plan", "--model", base / "model", "--seq", "8"]
+    run = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert not any(word in run.stderr for word in ("torchao", "KernelPreference")), run.stderr
 
 
 def test_every_verb_has_an_example_that_it_takes():

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from every_method import METHOD, engine_of, flat, kept, same
 from problems import Problem
-from test_method_battery import METHOD, engine_of, flat, kept, same
 
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError, UnstableRun

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     leads = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks for all
     logging.getLogger("zo_finetuner").setLevel(logging.INFO if leads else logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is; not all of it loads
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _one_line if leads else lambda *_: None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_large_buffers()

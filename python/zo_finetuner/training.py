@@ -201,6 +201,7 @@ def _trainer(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
+        lr_scheduler_kwargs=config.schedule_arguments,
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=every,

@@ -32,15 +32,18 @@ from zo_finetuner.params import trainable_blocks
 
 @dataclass(frozen=True)
 class Preset:
-    """lr, eps: where none are given.  settings: that differ from the kind's defaults.  scales: makes its policy for a
-    model; None: there is none unless nets are given."""
+    """lr, eps, schedule (of lr, `zo train`'s): where none are given.  settings: that differ from the kind's defaults.
+    scales: makes its policy for a model; None: there is none unless nets are given."""
 
     kind: type[Method]
     lr: float = 1e-6
     eps: float = 1e-3
     settings: Mapping[str, Any] = field(default_factory=dict)
     scales: Callable[[nn.Module, Asked], Ones] | None = None
+    schedule: str = "constant"
 
+
+TO_A_TENTH = "cosine_with_min_lr"
 
 PRESETS = {
     "mezo": Preset(MeZO),
@@ -48,12 +51,12 @@ PRESETS = {
     "sigma-one": Preset(SigmaOne, scales=ones),
     "closed-form": Preset(FixedScales, scales=constant_scales),
     "self-calibrated": Preset(SelfCalibrated, scales=calibrated_scales),
-    "ldsd-sgd": Preset(LDSD, lr=1e-3),
-    "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}),
-    "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}),
+    "ldsd-sgd": Preset(LDSD, lr=1e-3, schedule=TO_A_TENTH),
+    "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}, schedule=TO_A_TENTH),
+    "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}, schedule=TO_A_TENTH),
     "zo-momentum": Preset(Composed, settings={"rule": "momentum"}),
     "zo-adam": Preset(Composed, settings={"rule": "adam"}),
-    "zo-adamm": Preset(Composed, lr=1e-3, settings={"rule": "adamm"}),
+    "zo-adamm": Preset(Composed, lr=1e-3, settings={"rule": "adamm"}, schedule=TO_A_TENTH),
     "zo-sign": Preset(Composed, settings={"rule": "sign"}),
     "zo-conservative": Preset(Composed, settings={"estimator": "conservative"}),
     "hizoo": Preset(HiZOO),
