@@ -30,8 +30,9 @@ def table_of(rows: list[Row]) -> str:
                   f"a step on an {DEVICE}, predicted", "run for real"], lines) + paragraph(
         f"Predicted by `zo plan` for {ROWS} rows of {TOKENS} tokens, steps as CUDA graphs; nothing of it was measured, "
         f"and no recipe has run on its own model.  Prefix: inference, with less than a megabyte of its own.  A "
-        f"quantised base: as if it were in 16 bits; int8 halves its weights.  Your rows: answers of 16 tokens.  "
-        f"Run for real: the same settings but for the model, the rows and the number of steps."
+        f"base in int8 by torchao's layout, whose products copy a layer's weight into 16 bits, and whose first order "
+        f"keeps these copies.  Your rows: answers of 16 tokens.  Run for real: the same settings but for the model, "
+        f"the rows and the number of steps."
     )  # fmt: skip
 
 

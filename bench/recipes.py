@@ -3,8 +3,8 @@
     python -m bench recipes                                                 memory and time on one H100, predicted
     python -m bench recipes --try MODEL_DIR --data DIR                      the settings on a small model and its rows
 
-Models are known by their shapes (`shapes.py`): nothing is downloaded.  A prefix and a quantised base are not what a
-config says: of a prefix inference is predicted, of a quantised base the same adapter on the base in 16 bits.
+Models are known by their shapes (`shapes.py`): nothing is downloaded.  Of a prefix, which starts
+with what the model says of real tokens, inference is predicted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plan_of(recipe: RunConfig) -> Plan:
         return make_plan(
             folder, task=recipe.task or "squad", batch=ROWS, seq=TOKENS, optimizer=recipe.optimizer,
             probing=recipe.probing, dtype=recipe.dtype, settings=recipe.set, graphs=True,
-            adapter=adapter if adapter and adapter.kind != "prefix" else None,
+            adapter=adapter if adapter and adapter.kind != "prefix" else None, quantize=recipe.quantize,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from bench.report import TABLES
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim import METHODS, PRESETS, make_method
 from zo_finetuner.params import trainable_blocks
-from zo_finetuner.plan import method_bytes
+from zo_finetuner.prediction import method_bytes
 
 
 @pytest.fixture(scope="module")

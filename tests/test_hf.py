@@ -107,6 +107,21 @@ def test_a_bad_window_is_skipped_and_the_log_stays_finite(tmp_path):
     assert torch.isfinite(weights(trainer)).all()
 
 
+def test_mixed_precision_is_the_forwards_under_autocast(tmp_path):
+    """The Trainer's bf16 casts the weights of every probe, whose losses are other than those of fp32."""
+
+    class Cast(ZOTrainerMixin, Trainer):
+        def compute_loss(self, *args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                return super().compute_loss(*args, **kwargs)
+
+    own = Cast(model=tiny("llama-tied"), args=arguments(tmp_path), train_dataset=Rows(), zo={"eps": 1e-2})
+    own.train()
+    mixed, plain = run(tmp_path / "mixed", bf16=True), run(tmp_path / "plain")
+    assert losses(mixed) == losses(own) != losses(plain)
+    assert torch.equal(weights(mixed), weights(own)) and weights(mixed).dtype == torch.float32
+
+
 def test_zo_finetuner_takes_the_whole_batch_into_its_budget(tmp_path):
     trainer = run(tmp_path, zo={"optimizer": "zo-finetuner", "eps": 1e-2}, batch=2, accumulate=4, steps=1)
     method = trainer.zo_optimizer.engine.method

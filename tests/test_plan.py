@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -65,17 +66,18 @@ def test_parameters_are_counted_as_published(published, name):
     assert all(p.is_meta for p in model.parameters()) and all(b.is_meta for b in model.buffers())
 
 
-def peak_bytes(run):
-    """The largest sum of tensor memory that `run` had above what was there before, from the allocator's own events."""
+def allocations(run):
+    """What `run` returns, and the sizes that it took and gave back (negative), from the allocator's own events."""
     gc.collect()  # a tensor from before that dies meanwhile would count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
+        result = run()
     events = [(e.start_ns(), e.nbytes()) for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        now += size
-        peak = max(peak, now)
-    return peak
+    return result, [size for _, size in sorted(events, key=lambda event: event[0])]
+
+
+def peak_bytes(run):
+    """The largest sum of tensor memory that `run` had above what was there before."""
+    return max(accumulate(allocations(run)[1], initial=0))
 
 
 SMALL = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
@@ -364,7 +366,7 @@ def test_a_model_that_needs_values_is_one_line(folder, capsys, monkeypatch):
     def needs_values(*_, **__):
         raise RuntimeError("cannot index with a meta tensor\n  somewhere")
 
-    monkeypatch.setattr("zo_finetuner.plan.trace_loss", needs_values)
+    monkeypatch.setattr("zo_finetuner.prediction.trace_loss", needs_values)
     assert main(["plan", "--model", str(folder), "--seq", "16"]) == 2
     assert "cannot be followed by its shapes alone (RuntimeError: cannot index with a meta tensor)" in (
         capsys.readouterr().err

@@ -11,16 +11,20 @@ from models import save_model, save_rows, tiny, tokens
 from noted import Noted
 from references import ANSWERS, SINGLE, make, reference_loss
 from test_adapters import EPS, adapted, own_loss, train
+from test_plan import CONFIGS, allocations, peak_bytes
+from transformers import AutoModelForCausalLM
 
-from zo_finetuner.adapters import ADAPTERS, Adapter
+from zo_finetuner.adapters import ADAPTERS, Adapter, add_adapter
 from zo_finetuner.cli import main
 from zo_finetuner.encoding import collate
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
+from zo_finetuner.optim import make_method
 from zo_finetuner.params import trainable_blocks
-from zo_finetuner.quantised import form, quantisation, quantised_tensor
+from zo_finetuner.plan import make_plan, planned_rows
+from zo_finetuner.quantised import form, parts, quantisation, quantised_tensor
 from zo_kernels import derive_seed, draw_noise, seed_tensor, tensor_ids
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -107,6 +111,66 @@ def test_bitsandbytes_on_a_gpu(name, tmp_path):
         for _ in range(2):
             engine.step(lambda: own_loss(model, ids), 1e-4)
         assert torch.isfinite(torch.cat(engine.method.told)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_int8_base_takes_the_predicted_memory(cpu, name, dtype, tmp_path):
+    """What is loaded to the byte; a step's activations but for small numbers; what first order keeps, which is a copy
+    of every layer's weight from the first adapter on, but for less than a layer's input."""
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
+    plan = make_plan(str(tmp_path), batch=8, seq=64, dtype=dtype, adapter=Adapter("lora"), quantize="int8")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=quantisation("int8"))
+    model, batch = add_adapter(base.eval(), Adapter("lora")), collate(planned_rows("sst2", 8, 64), 0, packed=True)
+    kept = [part for p in model.parameters() for part in parts(p)] + [*model.buffers(), *batch.values()]
+    assert plan.memory.weights == sum(tensor.nbytes for tensor in kept)
+    sixteen = make_plan(str(tmp_path), batch=8, seq=64, dtype=dtype, adapter=Adapter("lora"))
+    assert plan.memory.weights < sixteen.memory.weights and plan.work.flops == sixteen.work.flops
+
+    def loss():
+        total, weight = training_loss(model, batch)
+        return total / weight
+
+    engine = Engine(model, make_method("mezo", model), eps=EPS)
+    assert engine.probing.mode == plan.probing
+    engine.step(loss, 1e-6)
+    measured = peak_bytes(lambda: engine.step(loss, 1e-6))
+    small = 800 + 16 * len(engine.blocks)
+    packed = 2 * 2 * 8 * 64 * 256 if (name, dtype) == ("opt", "bfloat16") else 0  # keys, values: inside CPU attention
+    assert 0 <= measured - max(plan.memory.activations, plan.memory.logits) <= small + packed
+    _, sizes = allocations(loss)
+    assert 0 <= sum(sizes) - plan.memory.kept < 8 * 64 * 256 * plan.dtype.itemsize
+
+
+@pytest.mark.parametrize(("kind", "a_weight", "a_row"), [("int8", 1, 5), ("nf4", 0.5 + (1 + 4 / 256) / 64, 0),
+                                                         ("bnb-int8", 1, 4)])  # fmt: skip
+def test_layers_in_few_bits_are_planned_by_their_layout(kind, a_weight, a_row, tmp_path):
+    """Of any kind, without its package or a GPU; embeddings, norms and head stay as they are."""
+    config = CONFIGS["llama"]
+    config.save_pretrained(tmp_path)
+    plain, packed = (make_plan(str(tmp_path), batch=2, seq=16, dtype="bfloat16", adapter=Adapter("lora"), quantize=q)
+                     for q in (None, kind))  # fmt: skip
+    h, f, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 2
+    layers = config.num_hidden_layers
+    weights, rows = layers * (2 * h * h + 2 * h * kv + 3 * h * f), layers * (3 * h + 2 * kv + 2 * f)
+    saved = plain.memory.weights - packed.memory.weights
+    tables = layers * 7 * (4 * (256 + 16 + 1) + 4)  # of nf4, and what the last scale of scales lacks
+    expected = (2 - a_weight) * weights - a_row * rows
+    assert 0 <= expected - saved <= (tables if kind == "nf4" else 0)
+    assert packed.memory.peak < plain.memory.peak and packed.quantize == kind
+
+
+def test_zo_plan_of_a_quantised_base(tmp_path, capsys):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    argv = ["plan", "--model", str(tmp_path), "--seq", "16", "--device", "H100"]
+    assert main([*argv, "--adapter", "lora", "--quantize", "nf4"]) == 0
+    text = capsys.readouterr().out
+    assert "LlamaForCausalLM in nf4 with lora" in text and "bitsandbytes' layout as it is documented" in text
+    for more in ([], ["--adapter", "dora"]):
+        assert main([*argv, "--quantize", "int8", *more]) == 2
+        assert "a quantised base is planned under lora" in capsys.readouterr().err
+    with pytest.raises(InputError, match='unknown quantize "int9" .did you mean "int8"'):
+        make_plan(str(tmp_path), seq=16, adapter=Adapter("lora"), quantize="int9")
 
 
 def test_zo_train_and_zo_eval_on_an_int8_base(tmp_path, capsys):

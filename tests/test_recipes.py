@@ -36,6 +36,8 @@ def test_a_planned_recipe_fits_where_it_says():
     assert adapter.architecture == "LlamaForCausalLM with lora" and adapter.parameters == 851_968
     assert str(adapter.dtype) == "torch.bfloat16"
     assert adapter.work.read > 2 * 1.2e9 * 2  # both forwards read the frozen base
+    int8 = plan_of(FOUND["int8-lora-llama-8b"])
+    assert int8.quantize == "int8" and 8.0e9 < int8.memory.weights < 9.2e9  # embedding and head: 2.1e9 in 16 bits
     assert adapter.work.moved < 1e9 and adapter.memory.adam < plan_of(FOUND["learned-scales"]).memory.adam
 
 

@@ -24,7 +24,7 @@ from zo_finetuner.learning.sources import batch_rows
 from zo_finetuner.loading import load_model
 from zo_finetuner.objective import training_loss
 from zo_finetuner.optim import Method
-from zo_finetuner.plan import method_bytes
+from zo_finetuner.prediction import method_bytes
 
 POINTS = 8  # of a run where held-out rows are evaluated, besides the start
 SMALL_RATE = 1e-6  # of `travel`

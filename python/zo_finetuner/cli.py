@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add_settings_flag(plan, "--set", "a setting of the optimizer, NAME=VALUE; as often as needed")
     plan.add_argument("--adapter", choices=("lora", "dora"), help="plan for an adapter instead of the whole model")
     plan.add_argument("--lora-rank", type=int, default=0, help="of the adapter (default: 8)")
+    plan.add_argument("--quantize", choices=QUANTISATIONS, help="of the adapter's base, as in training")
     plan.add_argument("--probing", default="auto", help="auto, scratch, inplace or paired")
     plan.add_argument("--dtype", default="auto", help=", ".join(DTYPES))
     plan.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="count what CUDA graphs of steps hold "
@@ -223,7 +224,7 @@ def _plan(arguments: dict[str, Any]) -> None:
     from zo_finetuner.plan_report import as_json, report
 
     settings = parse_settings(arguments.get("set", []))
-    asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype")
+    asked = ("task", "batch", "seq", "option_tokens", "optimizer", "probing", "dtype", "quantize")
     graphs = arguments["graphs"]
     if graphs is None:
         graphs = (arguments["device"] or "").casefold() != "cpu"

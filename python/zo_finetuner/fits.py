@@ -13,7 +13,8 @@ from zo_finetuner.devices import Device, present_gpu
 from zo_finetuner.errors import InputError
 from zo_finetuner.loading import empty_model
 from zo_finetuner.params import trainable_blocks
-from zo_finetuner.plan import method_bytes, planned_method
+from zo_finetuner.plan import planned_method
+from zo_finetuner.prediction import method_bytes
 
 GIB = 1 << 30
 

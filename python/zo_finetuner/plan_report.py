@@ -10,6 +10,7 @@ from zo_finetuner.devices import CONTEXT, COPY, FRAGMENTS, MATMUL, Device
 from zo_finetuner.plan import Plan
 
 GIB = 1 << 30
+BITSANDBYTES = "The base is counted by bitsandbytes' layout as it is documented; none was measured."
 
 
 def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
@@ -96,14 +97,16 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _assumptions(plan: Plan, devices: Sequence[Device]) -> list[str]:
     work = plan.work
+    layout = [BITSANDBYTES] if plan.quantize in ("nf4", "bnb-int8") else []
     counted = (
         f"Forwards: {work.forwards}, {work.flops / 1e12:.3g} TFLOP, {work.read / 1e9:.3g} GB of weights read, "
         f"{work.traffic / 1e9:.3g} GB moved besides products.  Passes move {work.moved / 1e9:.3g} GB."
     )
     if all(device.measured for device in devices):
-        return [counted, "Rates were measured on this CPU."]
+        return [counted, *layout, "Rates were measured on this CPU."]
     return [
         counted,
+        *layout,
         f"Assumed: products at {MATMUL} of the dense datasheet rate, bytes at {COPY} of the memory's; besides tensors",
         f"{CONTEXT / GIB:.1f} GiB of CUDA context and {FRAGMENTS:.0%} lost to the allocator.  Not counted: launches,",
         f"which the {work.operators} operators of a forward wait for outside a CUDA graph.",
