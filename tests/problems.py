@@ -59,10 +59,11 @@ def places() -> dict[str, slice]:
 
 
 class Dense:
-    """The problem in numpy: theta (45,), f and its gradient at step t, z of a seed or of direction k of step t."""
+    """A problem in numpy: theta (45,), f and its gradient at step t, z of a seed or of direction k of step t."""
 
-    def __init__(self, scale: dict[str, float] | None = None, dist: str = "normal", lr: float = LR):
-        model = Problem()
+    def __init__(
+        self, model: Problem, scale: dict[str, float] | None = None, dist: str = "normal", lr: float = LR
+    ):  # fmt: skip
         self.theta = model.theta().detach().numpy().copy()
         self.start = self.theta.copy()
         self.h, self.b, self.slopes = model.h.numpy(), model.b.numpy(), model.slopes.numpy()

@@ -166,6 +166,26 @@ def test_methods_of_other_rounds_train(base, tmp_path, name, settings, forwards)
     assert written["eval_loss_after"] != written["eval_loss_before"]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "given", "taken", "share"),
+    [
+        ("ldsd-sgd", {}, "cosine_with_min_lr", 0.1 + 0.45 * (1 + math.cos(5 / 6 * math.pi))),
+        ("ldsd-sgd", {"lr_scheduler": "constant"}, "constant", 1.0),
+        ("mezo", {}, "constant", 1.0),
+        ("mezo", {"lr_scheduler": "cosine_warmup_with_min_lr", "warmup_steps": 1}, "cosine_warmup_with_min_lr", 0.1),
+        ("mezo", {"lr_scheduler": "warmup_stable_decay", "steps": 20}, "warmup_stable_decay", 0.5),
+    ],
+)
+def test_the_rate_ends_where_its_schedule_says(base, tmp_path, optimizer, given, taken, share):
+    """The last step's: of the optimizer's own schedule where none is given; schedules that need a number get it."""
+    out = tmp_path / "run"
+    assert main([*flags(base, out, optimizer=optimizer, lr=1e-4, **given), "--no-checkpoints", "--no-save-model"]) == 0
+    assert result(out)["config"]["lr_scheduler"] == taken
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    seen = [entry["learning_rate"] for entry in entries if "learning_rate" in entry]
+    assert seen[-1] == pytest.approx(share * 1e-4, abs=1e-12) and max(seen) <= 1e-4
+
+
 BAD_SETTINGS = [
     (dict(task="sst3"), ('"sst3"', '"sst2"')),
     (dict(optimizer="mezzo"), ('"mezzo"', 'did you mean "mezo"')),
@@ -197,6 +217,21 @@ BAD_SETTINGS = [
 def test_bad_settings(base, tmp_path, capsys, bad, words):
     fails(capsys, flags(base, tmp_path / "out", **bad), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("tensorbord", ('unknown report_to "tensorbord" (did you mean "tensorboard"?)', "none, all, ", "wandb")),
+    ("", ('unknown report_to ""', "none, all, ")),
+    ("mlflow", ("report_to mlflow: ", "requires mlflow to be installed", "pip install mlflow")),
+    ("kubeflow", ("report_to kubeflow: ", "KUBEFLOW_TRAINER_SERVER_URL")),
+])  # fmt: skip
+def test_reporters_that_cannot_begin(base, tmp_path, capsys, monkeypatch, name, words):
+    """In one line, also where the half-made reporter fails once more as it goes (mlflow's)."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
+    fails(capsys, flags(base, tmp_path / "run", report_to=name), *words)
+    assert not told and not (tmp_path / "run").exists()
 
 
 def test_bad_config_files(base, tmp_path, capsys):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import zo_finetuner.update as update
 from zo_finetuner.engine import Engine
+from zo_finetuner.guards import Limits
 from zo_finetuner.optim.ldsd import LDSD
 from zo_kernels import derive_seed, seed_tensor
 
@@ -79,3 +81,39 @@ def test_the_mean_is_kept_once():
     small = LDSD(mean_dtype="bfloat16")
     Engine(model, small)
     assert [name for name in small.state_dict()] == ["mu"] and small.states["mu"][0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("probing", ["scratch", "inplace"])
+@pytest.mark.parametrize("settings", [{}, {"mean_dtype": "bfloat16"}], ids=str)
+def test_a_clip_is_of_the_weights_step_and_not_of_the_means(settings, probing):
+    moved, means, sizes = [], [], []
+    for clip in (0.0, 1.0):
+        model = Slope()
+        engine = Engine(model, LDSD(**settings), eps=1e-2, seed=1, probing=probing, limits=Limits(clip=clip))
+        engine.step(model, 1e-3)
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        means.append(torch.cat([mu.flatten() for mu in engine.method.states["mu"]]))
+        sizes.append(float(engine.projected_grad.abs()))
+    assert sizes[0] == sizes[1] > 2
+    assert torch.allclose(moved[1] * sizes[0], moved[0], rtol=1e-4, atol=1e-6 if probing == "inplace" else 0)
+    assert torch.equal(*means) and means[0].any()
+
+
+@pytest.mark.parametrize("probing, there_and_back", [("scratch", 0), ("inplace", 4)])
+@pytest.mark.parametrize("dtype, passes", [("float32", ["shifted-mean"]), ("bfloat16", ["update", "update"])])
+def test_weights_and_mean_are_updated_in_one_pass(probing, there_and_back, dtype, passes, monkeypatch):
+    """The way back from the last probe is in it."""
+    made, plain, ruled = [], update.update_, update.update_state_
+    monkeypatch.setattr(update, "update_", lambda *a, **k: (made.append("update"), plain(*a, **k)))
+    monkeypatch.setattr(update, "update_state_", lambda b, rule, *a, **k: (made.append(rule), ruled(b, rule, *a, **k)))
+    model = Slope()
+    Engine(model, LDSD(candidates=3, mean_dtype=dtype), eps=1e-2, seed=1, probing=probing).step(model, 1e-3)
+    assert made == ["update"] * there_and_back + passes
+
+
+def test_a_step_beyond_fp16_is_skipped():
+    model = Slope().half()
+    engine = Engine(model, LDSD(), eps=1e-2, seed=1, limits=Limits(explosion=0))
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 1e6])
+    engine.step(lambda: next(losses), 1.0)  # lr g is 5e7
+    assert engine.metrics()["skipped_steps"] == 1 and not any(p.any() for p in model.parameters())

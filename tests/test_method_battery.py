@@ -6,79 +6,16 @@ import math
 
 import pytest
 import torch
+from every_method import CASES, METHOD, engine_of, flat, kept, method, noise, same
 from models import tiny, tokens
-from problems import EPS, LR, SEED, Problem, run
+from problems import LR, SEED, Problem, run
 from test_hf import Rows, arguments
 
 from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
 from zo_finetuner.hf import ZOTrainer
-from zo_finetuner.optim import METHODS, PRESETS, Composed, make_method
-from zo_finetuner.optim.rules import RULES
-from zo_finetuner.optim.self_calibrated import Calibrated, calibrated_scales
-from zo_finetuner.optim.settings import build
-from zo_finetuner.params import trainable_blocks
-from zo_finetuner.pertnn import PertNN
-from zo_kernels import Blocks, derive_seed, dot_noise, draw_noise, seed_tensor, tensor_ids, use_backend
-
-# Every name, sized for tests; then compositions.
-CASES = {name: (name, {}) for name in METHODS if name not in ("zo-finetuner", "sigma-one", "closed-form")}
-CASES["es"] = ("es", {"probes": 4})
-CASES["fzoo"] = ("fzoo", {"probes": 4})
-CASES["ldsd-jaguar"] = ("ldsd-jaguar", {"beta": 0.5})
-CASES["hizoo"] = ("hizoo", {"alpha": 1e-4})
-CASES["subzero"] = ("subzero", {"rank": 2})
-CASES["dizo"] = ("dizo", {"period": 2, "rounds": 2, "project": "k_proj"})
-CASES |= {
-    "central 3, adam": ("zo-adam", {"probes": 3}),
-    "one-sided, momentum, signs": ("zo-momentum", {"estimator": "one-sided", "probes": 3, "dist": "rademacher"}),
-    "leave-one-out, normalized": ("es", {"probes": 3, "spread": False, "rule": "normalized"}),
-    "elementwise sign": ("zo-sign", {"sign": "elementwise"}),
-    "masked, adamm": ("sparse-mezo", {"rule": "adamm"}),
-    "greedy": ("mezo-gv", {"greedy": True, "probes": 3}),
-    "ldsd bf16 mean": ("ldsd-sgd", {"mean_dtype": "bfloat16"}),
-    "ldsd momentum": ("ldsd-sgd", {"rule": "momentum", "candidates": 3}),
-}
-METHOD = pytest.mark.parametrize("case", CASES)
-
-
-def method(case, **more):
-    name, settings = CASES[case]
-    return build(name, PRESETS[name].kind, PRESETS[name].settings, {**settings, **more})
-
-
-def engine_of(case, probing="scratch", seed=SEED, model=None, grouped=False, **more):
-    chosen, model = method(case, **more), Problem() if model is None else model
-    if chosen.name == "self-calibrated":
-        chosen.scales = calibrated_scales(model, 16) if grouped else one_group(model)
-    return Engine(model, chosen, eps=EPS, seed=seed, probing="auto" if chosen.low_rank else probing)
-
-
-def one_group(model):
-    """All blocks in one group, so that a step moves them all; a group a step is tested in test_self_calibrated."""
-    numels = [p.numel() for p in model.parameters() if p.requires_grad]
-    total = torch.tensor([sum(numels)], dtype=torch.float64)
-    return Calibrated(torch.zeros(len(numels), dtype=torch.int64), total, total.clone())
-
-
-def flat(engine):
-    engine.flush()  # low-rank updates are collected
-    return engine.model.theta().detach().clone()
-
-
-def copied(value):
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return [copied(v) for v in value] if isinstance(value, list) else value
-
-
-def kept(engine):
-    return {name: copied(value) for name, value in engine.method.state_dict().items()}
-
-
-def same(a, b):
-    pairs = [(x, y) for n in a for x, y in (zip(a[n], b[n], strict=True) if isinstance(a[n], list) else [(a[n], b[n])])]
-    return all(torch.equal(x, y) for x, y in pairs)
+from zo_finetuner.optim import Composed, make_method
+from zo_kernels import Blocks, derive_seed, dot_noise, use_backend
 
 
 @METHOD
@@ -97,7 +34,6 @@ def test_an_update_goes_the_way_its_probes_went(case):
         ways = torch.stack([seen - before for seen in engine.model.seen], 1)
     if not signs:
         # A weight near 1 is rounded by 6e-8, a change is some 1e-3; HiZOO's h has moved by alpha c z^2 h in between.
-        # A weight near 1 is rounded by 6e-8, a change is some 1e-3; HiZOO's h has moved by alpha c z^2 h in between.
         error = 1e-2 if case == "hizoo" else 1e-3
         left = change - ways @ torch.linalg.lstsq(ways, change, driver="gelsd").solution
         assert left.norm() < error * change.norm()
@@ -113,46 +49,6 @@ def test_an_update_goes_the_way_its_probes_went(case):
         z = noise(derive_seed(SEED, 0, 0), engine.method.dist)
         cosine = dots.abs() / (change.norm() * z.norm())
         assert cosine.item() == pytest.approx(1, abs=1e-2 if case == "hizoo" else 1e-5)
-
-
-def noise(seed, dist="normal"):
-    ids = tensor_ids(name for name, _ in Problem().named_parameters())
-    parts = [draw_noise(tuple(p.shape), seed_tensor(seed), ids[n], dist=dist) for n, p in Problem().named_parameters()]
-    return torch.cat([part.flatten() for part in parts]).double()
-
-
-UNBIASED = {
-    # estimator's settings: (squared error of an estimate over the squared gradient, of d weights)
-    "central": ({}, lambda d: d + 1),
-    "central, 3": ({"probes": 3}, lambda d: (d + 1) / 3),
-    "central, signs": ({"dist": "rademacher"}, lambda d: d - 1),
-    "one-sided": ({"estimator": "one-sided", "probes": 4}, lambda d: (d + 1) / 4),
-    "leave-one-out": ({"estimator": "one-sided", "probes": 4, "baseline": "mean"}, lambda d: (d + 1) / 3),
-    "slope": ({"estimator": "slope"}, lambda d: d + 1),
-    "slope, 2, signs": ({"estimator": "slope", "probes": 2, "dist": "rademacher"}, lambda d: (d - 1) / 2),
-}
-
-
-@pytest.mark.parametrize("name", UNBIASED)
-def test_estimates_are_unbiased_with_the_variance_of_the_theory(name):
-    """z-test of each of 45 coordinates over 600 steps, and the squared error to 15 % (it is a mean of chi-squares, each
-    of relative spread about 1.4, so its standard error is 6 %)."""
-    settings, variance = UNBIASED[name]
-    model, samples = Problem(curvature=0.0), []  # linear, where the theory is exact
-    engine = Engine(model, build("mezo", Composed, {}, settings), eps=EPS, seed=1, probing="inplace")
-    gradient, start = model.gradient(), [p.detach().clone() for p in model.parameters()]
-    for _ in range(600):
-        before = flat(engine)
-        model.seen.clear()
-        engine.step(model, 1e-2)
-        samples.append((before - flat(engine)) / 1e-2)
-        for p, q in zip(model.parameters(), start, strict=True):
-            p.data.copy_(q)
-    samples = torch.stack(samples)
-    z = (samples.mean(0) - gradient) / (samples.std(0) / math.sqrt(len(samples)))
-    assert z.abs().max() < 4.2  # 45 coordinates: P(|z| > 4.2) is 1.2e-3 in all
-    error = (samples - gradient).square().sum(1).mean() / gradient.square().sum()
-    assert error.item() == pytest.approx(variance(45), rel=0.15)
 
 
 @METHOD
@@ -343,91 +239,3 @@ def test_sixteen_bits_and_predicted_state(case):
 
 def size(state):
     return sum(t.nbytes for v in state.values() for t in (v if isinstance(v, list) else [v]))
-
-
-def test_learned_scales_go_with_other_rules_and_estimators():
-    """Momentum without memory on learned scales is the learned optimizer; other estimators feed back a mean loss."""
-    ids, ends = tokens(), []
-    for name, settings in (("zo-finetuner", {}), ("zo-momentum", {"beta": 0.0})):
-        model = tiny("llama")
-        nets = PertNN.fresh(trainable_blocks(model).names, seed=1)
-        engine = Engine(model, make_method(name, model, pertnn=nets, settings=settings), eps=1e-2, seed=2)
-        for _ in range(3):
-            engine.step(lambda model=model: model(input_ids=ids, labels=ids).loss, 1e-3)
-        assert 0 < engine.metrics()["scale_min"] < engine.metrics()["scale_max"]
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert (ends[0] - ends[1]).abs().max() < 5e-6
-    model = tiny("llama")
-    method = make_method("es", model, pertnn=nets, settings={"probes": 3})
-    engine = Engine(model, method, eps=1e-2)
-    loss = engine.step(lambda: model(input_ids=ids, labels=ids).loss, 1e-3)
-    assert method.scales.history.losses.tolist() == [loss.item()] * 2
-
-
-REFUSED = [
-    ("fzoo", {"probes": 1}, "probes must be at least 2, got 1: the losses of one probe have no spread"),
-    ("es", {"probes": "1"}, "probes must be at least 2, got 1: the baseline of a probe is the mean of the others"),
-    ("ldsd-sgd", {"candidates": 1}, "candidates must be at least 2, got 1"),
-    ("mezo-gv", {"probes": 1}, "the best of one candidate is no choice"),
-    ("bszo", {"samples": 7}, "samples must be between probes .2. and twice that, got 7"),
-    ("mezo", {"probes": 0}, "probes must be at least 1"),
-    ("sparse-mezo", {"sparsity": 1.0}, "1 leaves nothing to train"),
-    ("zo-adam", {"bta1": 0.5}, 'zo-adam has no setting "bta1" .did you mean "beta1"'),
-    ("zo-adam", {"beta1": "fast"}, "setting beta1 must be a number, got 'fast'"),
-    ("zo-adam", {"beta1": 1.0}, "beta1 must be at least 0 and below 1"),
-    ("mezo", {"rule": "adams"}, 'unknown rule "adams" .did you mean "adam"'),
-    ("mezo", {"beta": 0.5}, 'mezo has no setting "beta"'),
-    ("zo-conservative", {"rule": "adam"}, "zo-conservative takes no rule: it tries three points of one line"),
-    ("hizoo", {"rule": "adam"}, "hizoo takes no rule: its curvature is updated in the pass"),
-    ("hizoo", {"alpha": -1}, "alpha must be at least 0"),
-    ("ldsd-sgd", {"estimator": "central"}, "takes no estimator: the mean is learned from its own candidates"),
-    ("ldsd-sgd", {"mean_dtype": "bfloat"}, 'did you mean "bfloat16"'),
-    ("ldsd-sgd", {"std": 0}, "std must be positive"),
-    ("fzoo", {"baseline": "median"}, 'baseline must be "center" or "mean"'),
-    ("dizo", {"tau": 2}, "tau must be between 0 and 1"),
-    ("zo-sign", {"sign": "vector"}, 'sign must be "scalar" or "elementwise"'),
-    ("mezo", {"dist": "cauchy"}, "dist must be normal or rademacher"),
-]
-
-
-@pytest.mark.parametrize("name, settings, message", REFUSED)
-def test_what_cannot_work_is_told(name, settings, message):
-    with pytest.raises(InputError, match=message):
-        make_method(name, Problem(), settings=settings)
-
-
-def test_what_does_not_go_with_the_model_is_told(monkeypatch):
-    with pytest.raises(InputError, match='no trainable tensor has "k_proj,v_proj" in its name .* --set project='):
-        make_method("dizo", tiny("gpt2"))
-    model = Problem()
-    with pytest.raises(InputError, match="sparsity 0.99 leaves none of the 20 weights of embed"):
-        make_method("sparse-mezo", model, settings={"sparsity": 0.99})
-    model.k_proj.data.zero_()
-    with pytest.raises(InputError, match="k_proj: its smallest weights are exactly zero"):
-        make_method("sparse-mezo", model)
-    import zo_finetuner.optim.state as state
-
-    monkeypatch.setattr(state, "free_bytes", lambda device: 45 * 4 * 2)
-    make_method("zo-adam", model)
-    with pytest.raises(InputError, match="the state of adamm .m, v, vmax. needs .* GiB, and .* are free"):
-        make_method("zo-adamm", model)
-    with pytest.raises(InputError, match="hizoo has no nets: its curvature is the scale of every weight"):
-        make_method("hizoo", model, pertnn="x.safetensors")
-
-
-def test_another_runs_state_is_refused():
-    saved = engine_of("zo-adam").state_dict()
-    engine = Engine(Problem(), build("zo-adam", Composed, {}, {"rule": "momentum"}), probing="scratch")
-    with pytest.raises(InputError, match="this one keeps rule.m: give the run's settings"):
-        engine.load_state_dict(saved)
-
-
-def test_settings_of_a_composition_have_names_of_their_own():
-    """A setting must not fall to two parts at once."""
-    from zo_finetuner.optim.settings import PARTS, settings_of
-
-    for estimator in PARTS["estimator"].values():
-        for rule in RULES.values():
-            for subset in PARTS["subset"].values():
-                names = [n for owner in (Composed, estimator, rule, subset) for n in settings_of(owner)]
-                assert len(names) == len(set(names)), names

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from zo_finetuner.errors import InputError
+from zo_finetuner.history import History
 from zo_finetuner.pertnn import PertNN, budget, normalizer
 from zo_finetuner.pertnn_io import load_pertnn
 
@@ -254,3 +255,14 @@ def test_normalizer_is_in_the_graph():
     nu.backward()
     expected = -nu * c * sigma / (c * sigma.square()).sum()
     assert torch.allclose(sigma.grad, expected.detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_history_forgets_losses_that_are_not_finite(bad):
+    """The paper's recipe keeps one without an engine that would take a step back."""
+    history = History.start(2)
+    history.remember(torch.tensor([bad, 1.0]))
+    assert history.first.isnan() and not history.losses.any()
+    history.remember(torch.tensor([3.0, 5.0]))
+    history.remember(torch.tensor([1.0, bad]))
+    assert history.losses.tolist() == [3.0, 5.0] and history.first == history.average == 4.0

@@ -18,6 +18,7 @@ from zo_finetuner import workload
 from zo_finetuner.cli import main
 from zo_finetuner.config import RunConfig
 from zo_finetuner.journal import read_journal
+from zo_finetuner.optim import make_method
 from zo_finetuner.positions import Position, best_of, read_log, why_not
 from zo_finetuner.replay import replay
 from zo_finetuner.training import TaskTrainer
@@ -51,6 +52,34 @@ def test_no_weights_before_the_end_and_the_best_step_at_it(base, tmp_path, monke
     assert [entry["step"] for entry in evaluated] == [2, 4, 6, 8, 9]
     best = min(evaluated, key=lambda entry: entry["eval_loss"])["step"]
     assert result(out)["best_step"] == best < 9
+    model = AutoModelForCausalLM.from_pretrained(base / "model", dtype="auto")
+    replay(model, read_journal(out / "journal.zoj"), best)
+    saved = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], model.state_dict()[name]) for name in saved)
+
+
+@pytest.mark.parametrize("method", ["zo-adam", "dizo"])
+def test_the_best_step_is_rebuilt_beside_no_second_state(base, tmp_path, monkeypatch, method):
+    """The trainer's method gives its states up before another is made, and so does that one at its end."""
+    made, alive = [], []
+
+    def held(method):
+        kept = [tensors for tensors in method.state_dict().values() if isinstance(tensors, list)]
+        return sum(tensor.untyped_storage().nbytes() for tensors in kept for tensor in tensors)
+
+    def noted(*args, **kwargs):
+        alive.append([held(method) for method in made])
+        made.append(make_method(*args, **kwargs))
+        assert held(made[-1]) > 0
+        return made[-1]
+
+    monkeypatch.setattr("zo_finetuner.training.make_method", noted)
+    monkeypatch.setattr("zo_finetuner.replay.make_method", noted)
+    out = tmp_path / "run"
+    assert main(flags(base, out, steps=9, lr=0.3, eval_steps=2, optimizer=method)) == 0
+    best = result(out)["best_step"]
+    assert best < 9 and alive == [[], [0]] and [held(method) for method in made] == [0, 0]
+    monkeypatch.undo()
     model = AutoModelForCausalLM.from_pretrained(base / "model", dtype="auto")
     replay(model, read_journal(out / "journal.zoj"), best)
     saved = load_file(out / "model" / "model.safetensors")

@@ -129,7 +129,7 @@ def default_rates(optimizer: str, kind: str | None) -> tuple[float, float]:
     mezo = PRESETS["mezo"]
     if (preset.lr, preset.eps) == (mezo.lr, mezo.eps) and "rule" not in preset.settings:
         return RATES[kind].lr, RATES[kind].eps
-    logger.info("%s has no published rates for a %s adapter: lr %g, eps %g are its own", optimizer, kind, preset.lr,
+    logger.info("%s with a %s adapter: lr %g, eps %g are its own", optimizer, kind, preset.lr,
                 preset.eps)
     return preset.lr, preset.eps
 

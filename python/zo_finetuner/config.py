@@ -15,7 +15,7 @@ from zo_finetuner.adapters import ADAPTERS, Adapter, default_rates
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
 from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
-from zo_finetuner.optim import METHODS, check_method
+from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
 from zo_finetuner.quantised import QUANTISATIONS
 from zo_finetuner.reading import is_plain, shown
@@ -64,7 +64,9 @@ class RunConfig:
     eps: float | None = _option(None, "size of the perturbation; default: the optimizer's own, mostly 1e-3")
     seed: int = _option(0, "seed of the directions and of the order of the rows")
     data_seed: int = _option(0, "seed of the sample of train, dev and test rows")
-    lr_scheduler: str = _option("constant", "any schedule of the Hugging Face Trainer")
+    lr_scheduler: str | None = _option(
+        None, "any schedule of the Hugging Face Trainer; default: the optimizer's own, mostly constant"
+    )
     warmup_steps: int = _option(0, "steps of learning-rate warm-up")
     weight_decay: float = _option(0.0, "decoupled weight decay, on every trained tensor")
     clip: float = _option(0.0, "bound of the projected gradient; 0: none")
@@ -96,7 +98,7 @@ class RunConfig:
     eval_batch_size: int = _option(32, "sequences per evaluation batch")
     eval_steps: int = _option(0, "evaluate on dev and keep a checkpoint every so many steps; 0: five times a run")
     logging_steps: int = _option(10, "steps between logged losses")
-    report_to: str = _option("none", "Hugging Face reporters, e.g. tensorboard")
+    report_to: str = _option("none", "a Hugging Face reporter, e.g. tensorboard; all: those that are installed")
     push_to_hub: str | None = _option(None, "send the model, its card and the journal to this repository, USER/NAME")
     resume: bool = _option(False, "go on where the run in output_dir ended (start fresh where there is none)")
     overwrite: bool = _option(False, "replace an earlier run in output_dir")
@@ -119,6 +121,7 @@ class RunConfig:
         self.make_adapter()
         lr, eps = default_rates(self.optimizer, self.adapter)
         self.lr, self.eps = _first(self.lr, lr), _first(self.eps, eps)
+        self.lr_scheduler = self.lr_scheduler or PRESETS[self.optimizer].schedule
         for name in ("lr", "eps"):
             require_positive(name, getattr(self, name))
         require_not_negative("weight_decay", self.weight_decay)
@@ -143,6 +146,13 @@ class RunConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f'unknown {name} "{value}"{nearest(value, choices)}; there are: {", ".join(choices)}')
+
+    @property
+    def schedule_arguments(self) -> dict[str, float]:
+        """What the schedule has no default for: to end at a tenth of lr, to fall in the last tenth of the steps."""
+        if "min_lr" in self.lr_scheduler:
+            return {"min_lr_rate": 0.1}
+        return {"num_decay_steps": -(-self.steps // 10)} if self.lr_scheduler == "warmup_stable_decay" else {}
 
     def make_adapter(self) -> Adapter | None:
         """The adapter that is asked for.  Raises InputError."""

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
 from zo_finetuner.config import RunConfig
+from zo_finetuner.engine import Engine
 from zo_finetuner.errors import InputError
 from zo_finetuner.journal import PREFIX, Journal, read_journal
 from zo_finetuner.loading import load_model
@@ -145,12 +146,14 @@ class _MakesUp(TrainerCallback):
 
 
 @torch.no_grad()
-def take_best(config: RunConfig, model: nn.Module, journal: Path, history: list[Entry]) -> None:
+def take_best(config: RunConfig, engine: Engine, journal: Path, history: list[Entry]) -> None:
     """Bring a model from its last weights to those of the best evaluated step, by way of its first ones: they are read
-    again on the host, so that no second model is on the device."""
-    best, read = best_of(history), read_journal(journal)
+    again on the host, so that no second model is on the device, nor a second state of the method: the engine, which
+    takes no further step, gives its own up."""
+    best, read, model = best_of(history), read_journal(journal), engine.model
     if best is None or best["step"] == read.steps:
         return
+    engine.method.release()
     base, _ = load_model(config.model, config.dtype, device=torch.device("cpu"))
     for own, first in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
         own.copy_(first)

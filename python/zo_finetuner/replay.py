@@ -54,6 +54,8 @@ def replay(
         engine = engine_of(model, journal, method)
         rerun(engine, journal, to_step, progress)
         engine.flush()
+        if method is None:  # engine and method hold each other until the collector comes
+            engine.method.release()
     return header.first_step + len(records)
 
 

@@ -38,6 +38,7 @@ from zo_finetuner.reading import read_object, shown
 from zo_finetuner.recorder import Recorder
 from zo_finetuner.replay import branch_off
 from zo_finetuner.report_page import PAGE, PICTURE, write_report
+from zo_finetuner.reporters import require_reporter
 from zo_finetuner.run_folder import JOURNAL, LOG, RunFolder
 from zo_finetuner.runs import Run
 from zo_finetuner.workload import SPLITS, Workload, make_workload
@@ -80,6 +81,7 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
     out = Path(config.output_dir)
     if folder is not None:
         folder.require_same(dataclasses.asdict(config))
+    require_reporter(config.report_to)
     if config.push_to_hub and leads():
         require_hub(config.push_to_hub)
     work = make_workload(config)
@@ -129,14 +131,13 @@ def _train(config: RunConfig, shape: tuple[int, int], folder: RunFolder | None) 
         else:
             trainer.resume(position)
     seconds, training = time.perf_counter() - started, _peak_bytes()
-    history = trainer.state.log_history
+    history, engine = trainer.state.log_history, trainer.zo_optimizer.engine
     if journalled and config.checkpoints:
-        take_best(config, model, out / JOURNAL, history)
+        take_best(config, engine, out / JOURNAL, history)
     best = best_of(history) if config.checkpoints else None
     after = measure()
     _say("after", after, work.metric)
 
-    engine = trainer.zo_optimizer.engine
     result = {
         "steps": engine.step_count,
         "forwards": engine.step_count * engine.method.forwards,
@@ -200,6 +201,7 @@ def _trainer(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler,
+        lr_scheduler_kwargs=config.schedule_arguments,
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=every,

@@ -37,6 +37,8 @@ def apply_update(
     blocks: Blocks, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor
 ) -> None:
     """An update that is `guarded`.  finite: 0-dim bool; where it is not, weights and states keep every bit."""
+    if update.mean is not None and update.by is None and update.mean[0].tensors[0].dtype == torch.float32:
+        return _with_mean(blocks, update, finite, decay, rounding_seed)
     if update.by is not None:
         move = Stacked.of(update.terms)
         update_state_(
@@ -53,3 +55,16 @@ def apply_update(
                 new = torch.empty_like(theta)
                 update.anchored.move(theta, new, block, None)
                 theta.copy_(torch.where(finite.to(theta.device), new, theta))
+
+
+def _with_mean(blocks: Blocks, update: Update, finite: Tensor, decay: Tensor | None, rounding_seed: Tensor) -> None:
+    """Weights and their policy's fp32 mean in one pass over both: the directions are those of the mean's terms, and the
+    weights take of each what `terms` have of it."""
+    (mean, mean_terms), own = update.mean, Stacked.of(update.terms)
+    move = Stacked.of(mean_terms)
+    taken = torch.where(move.seeds == own.seeds[:, None], own.coefs[:, None], 0.0).sum(0)
+    update_state_(
+        blocks, "shifted-mean", [mean.tensors], move.seeds, move.coefs, move.scale,
+        numbers=torch.cat((own.form.value.reshape(1), taken)), decay=decay, rounding_seed=rounding_seed, keep=finite,
+        dist=move.dist,
+    )  # fmt: skip

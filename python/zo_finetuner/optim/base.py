@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -67,8 +67,8 @@ class Update:
     terms, whose coefficients are then an estimate of the gradient.
 
     loss: what the step reports as the training loss (0-dim fp32); projected_grad: (l+ - l-) / 2 eps, for the logs.
-    mean: a direction policy's mean, moved by its own terms afterwards.  anchored: instead of terms, theta moves as it
-    says at coefficient 0."""
+    mean: a direction policy's mean and its own terms, among which are the directions of `terms`, without the mean; it
+    moves from what `terms` were made with.  anchored: instead of terms, theta moves as it says at coefficient 0."""
 
     terms: Terms
     loss: Tensor
@@ -118,6 +118,7 @@ class Method(Part):
     whole_only: why it cannot work on pieces of tensors (`shards.py`), "" where it can.
     low_rank: its directions have subspaces: its probes are side products (`lowrank.py`), made in no other way.
     factor_bytes: of its subspace and of what is collected in it, at the most.
+    fixed: parts of which it leaves no choice (`settings.py`), with the reasons.
     uniform: every step asks for the same probes (a captured step may stand for all).
     metrics: numbers of the last step for the logs, 0-dim; "sigma": (blocks,), the scale of every block.
     recipe: what `make_method` made it of (JSON), for a journal; empty for one made by hand."""
@@ -130,6 +131,7 @@ class Method(Part):
     scratch_only = ""
     whole_only = ""
     low_rank = False
+    fixed: ClassVar[dict[str, str]] = {}
     factor_bytes = 0
     uniform = True
     metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -159,6 +161,12 @@ class Method(Part):
     def kept(self) -> dict[str, Tensor]:
         """Everything in memory, of parts too."""
         return dict(self.memory)
+
+    def release(self) -> None:
+        """Free what it keeps for every weight, whoever still holds it.  No step can follow."""
+        for kept in self.state_dict().values():
+            for tensor in kept if isinstance(kept, list) else []:
+                tensor.untyped_storage().resize_(0)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.kept(), **self.states}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.base import Probe, StepContext
-from zo_finetuner.optim.directions import Direction, pick
+from zo_finetuner.optim.directions import Direction, chosen, pick
 from zo_finetuner.optim.estimators import Estimate, Estimator
 from zo_kernels import Blocks
 
@@ -72,9 +72,7 @@ class Bayesian(Estimator):
             if self.compat == "reference":
                 self._observe(self._axis, pick(self._slopes, self._axis))
                 continue
-            seed = pick(torch.stack([direction.seed for direction in self._directions]), self._axis)
-            like = self._directions[0]
-            return [Probe(Direction(seed, like.scale, like.dist, like.form), -self._eps)]
+            return [Probe(chosen(self._directions, self._axis), -self._eps)]
         return Estimate.of(list(zip(self._directions, self._mean, strict=True)), self._center)
 
     def _observe(self, axis: Tensor, slope: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A method as a composition:  direction x scale policy x estimator x update rule.
 
     ask     z_k = scale_b * noise of seed k (normal, random signs, masked)      scales.py, sparse.py
-            probes along z_k                                                    estimators.py, guided.py, bayesian.py
+            probes along z_k                                                    estimators.py, guided.py, ...
     tell    gradient ~ sum g_k z_k                                              the estimator
             theta -= lr * what the rule makes of it                             rules.py
 
@@ -71,6 +71,11 @@ class Composed(Directed):
     estimator: Estimator = field(default_factory=Central)
     rule: Rule = field(default_factory=SGD)
     subset: Everything = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator.only_sgd and type(self.rule) is not SGD:
+            raise InputError(f"{self.name} goes with the rule sgd alone: {self.estimator.only_sgd}")
 
     @property
     def parts(self) -> dict[str, Part]:

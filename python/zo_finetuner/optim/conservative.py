@@ -1,7 +1,7 @@
 """Conservative zeroth-order SGD (ZO-Bench, arXiv 2402.11592): of three points of a line, the best on the batch.
 
     f0 = f(theta),  g = (f(theta + eps z) - f(theta - eps z)) / 2 eps
-    theta <- the best of  theta,  theta - lr g z,  theta + lr g z
+    theta <- the best of  theta,  theta - lr g z,  theta + lr g z            (gradient ~ 0, g z, -g z)
 
 State: none.  Forwards per step: 5.  A tie stays.  Deviation: the published code undoes a trial by an optimizer step
 with the opposite gradient, which does not lead back under its default AdamW; here trials are probes, nothing is undone.
@@ -15,33 +15,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo_finetuner.optim.base import Probe, StepContext, Update
-from zo_finetuner.optim.composed import Directed
+from zo_finetuner.errors import InputError
+from zo_finetuner.optim.base import Probe, StepContext
+from zo_finetuner.optim.directions import Direction
+from zo_finetuner.optim.estimators import Estimate, Estimator
 
 
 @dataclass
-class Conservative(Directed):
-    name: str = "zo-conservative"
+class Conservative(Estimator):
+    pairs = 2
+    only_sgd = "it tries the very points that steps of plain SGD lead to"
 
-    forwards, pairs = 5, 2
-    fixed = {
-        "rule": "it tries three points of one line, which is what plain SGD steps are",
-        "estimator": "its second round tries the step that a pair of probes proposes",
-    }
+    def __post_init__(self) -> None:
+        if self.probes != 1:
+            raise InputError(f"probes must be 1, got {self.probes}: the points that are tried lie on one line")
 
-    def ask(self, context: StepContext) -> list[Probe]:
-        (self._direction,) = self.draw(context)
+    @property
+    def forwards(self) -> int:
+        return 5
+
+    def ask(self, directions: list[Direction], context: StepContext) -> list[Probe]:
+        (self._direction,), self._context = directions, context
         self._first: Tensor | None = None
         return [Probe(None), Probe(self._direction, context.eps), Probe(self._direction, -context.eps)]
 
-    def tell(self, losses: Tensor) -> Update | list[Probe]:
+    def tell(self, losses: Tensor) -> Estimate | list[Probe]:
         if self._first is None:
-            self._first = losses
-            self._g = (losses[1] - losses[2]) / (2 * self._context.eps)
-            self._step = self._context.lr * self._g
-            return [Probe(self._direction, -self._step), Probe(self._direction, self._step)]
-        self.scales.remember(self._first[1:])
+            self._first, self._g = losses, (losses[1] - losses[2]) / (2 * self._context.eps)
+            step = self._context.lr * self._g
+            return [Probe(self._direction, -step), Probe(self._direction, step)]
         stay, (down, up) = self._first[0], losses
-        coef = torch.where(down < stay, -self._step, torch.zeros_like(self._step))
-        coef = torch.where(up < torch.minimum(stay, down), self._step, coef)
-        return Update([(self._direction, coef)], stay, self._g)
+        g = torch.where(down < stay, self._g, 0.0)
+        g = torch.where(up < torch.minimum(stay, down), -self._g, g)
+        return Estimate.of([(self._direction, g)], stay, self._g, self._first[1:])

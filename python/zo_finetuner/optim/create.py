@@ -7,7 +7,7 @@ they tell).  A new method takes a file, and a line here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,46 +16,49 @@ from torch import nn
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.optim.base import Method
 from zo_finetuner.optim.composed import Composed
-from zo_finetuner.optim.conservative import Conservative
 from zo_finetuner.optim.dizo import DiZO
 from zo_finetuner.optim.finetuner import ZOFineTuner
-from zo_finetuner.optim.fixed_scales import FixedScales
+from zo_finetuner.optim.fixed_scales import FixedScales, SigmaOne
 from zo_finetuner.optim.hizoo import HiZOO
 from zo_finetuner.optim.ldsd import LDSD
 from zo_finetuner.optim.learned import constant_scales, learned_scales, ones
 from zo_finetuner.optim.low_rank import LowRank, LowRankMomentum
 from zo_finetuner.optim.mezo import MeZO
+from zo_finetuner.optim.scales import Asked, Nets, Ones
 from zo_finetuner.optim.self_calibrated import SelfCalibrated, calibrated_scales
-from zo_finetuner.optim.settings import build, reason
+from zo_finetuner.optim.settings import build
 from zo_finetuner.params import trainable_blocks
-from zo_finetuner.pertnn import PertNN
-from zo_finetuner.scale_net import ScaleNet
 
 
 @dataclass(frozen=True)
 class Preset:
-    """lr, eps: where none are given.  settings: that differ from the kind's defaults."""
+    """lr, eps, schedule (of lr, `zo train`'s): where none are given.  settings: that differ from the kind's defaults.
+    scales: makes its policy for a model; None: there is none unless nets are given."""
 
     kind: type[Method]
     lr: float = 1e-6
     eps: float = 1e-3
     settings: Mapping[str, Any] = field(default_factory=dict)
+    scales: Callable[[nn.Module, Asked], Ones] | None = None
+    schedule: str = "constant"
 
+
+TO_A_TENTH = "cosine_with_min_lr"
 
 PRESETS = {
     "mezo": Preset(MeZO),
-    "zo-finetuner": Preset(ZOFineTuner),
-    "sigma-one": Preset(FixedScales),
-    "closed-form": Preset(FixedScales),
-    "self-calibrated": Preset(SelfCalibrated),
-    "ldsd-sgd": Preset(LDSD, lr=1e-3),
-    "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}),
-    "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}),
+    "zo-finetuner": Preset(ZOFineTuner, scales=learned_scales),
+    "sigma-one": Preset(SigmaOne, scales=ones),
+    "closed-form": Preset(FixedScales, scales=constant_scales),
+    "self-calibrated": Preset(SelfCalibrated, scales=calibrated_scales),
+    "ldsd-sgd": Preset(LDSD, lr=1e-3, schedule=TO_A_TENTH),
+    "ldsd-adamm": Preset(LDSD, lr=1e-3, settings={"rule": "adamm"}, schedule=TO_A_TENTH),
+    "ldsd-jaguar": Preset(LDSD, lr=1e-3, settings={"rule": "sign-ema"}, schedule=TO_A_TENTH),
     "zo-momentum": Preset(Composed, settings={"rule": "momentum"}),
     "zo-adam": Preset(Composed, settings={"rule": "adam"}),
-    "zo-adamm": Preset(Composed, lr=1e-3, settings={"rule": "adamm"}),
+    "zo-adamm": Preset(Composed, lr=1e-3, settings={"rule": "adamm"}, schedule=TO_A_TENTH),
     "zo-sign": Preset(Composed, settings={"rule": "sign"}),
-    "zo-conservative": Preset(Conservative),
+    "zo-conservative": Preset(Composed, settings={"estimator": "conservative"}),
     "hizoo": Preset(HiZOO),
     "fzoo": Preset(
         Composed, lr=5e-5, eps=1e-4,
@@ -83,7 +86,7 @@ def make_method(
     *,
     batch_size: int = 16,
     seed: int = 0,
-    pertnn: str | os.PathLike | PertNN | ScaleNet | None = None,
+    pertnn: Nets | None = None,
     transfer: bool = False,
     normalize: bool = True,
     dist: str | None = None,
@@ -97,14 +100,9 @@ def make_method(
     zero are frozen.  settings: of the method and its parts (`optim.settings`), dist among them.  Raises InputError."""
     given = {**(settings or {}), **({} if dist is None else {"dist": dist})}
     method = check_method(name, pertnn, given, transfer)
-    if name == "sigma-one":
-        method.scales = ones(model)
-    elif name == "closed-form":
-        method.scales = constant_scales(name, model, pertnn, batch_size, transfer)
-    elif name == SelfCalibrated.name:
-        method.scales = calibrated_scales(model, batch_size, method.power)
-    elif name == ZOFineTuner.name or pertnn is not None:
-        method.scales = learned_scales(model, pertnn, batch_size, seed, normalize, transfer)
+    scales = PRESETS[name].scales or (None if pertnn is None else learned_scales)
+    if scales is not None:
+        method.scales = scales(model, Asked(method, pertnn, batch_size, seed, normalize, transfer))
     method.prepare(trainable_blocks(model))
     if pertnn is None or isinstance(pertnn, str | os.PathLike):
         method.recipe = {
@@ -124,9 +122,8 @@ def check_method(
         raise InputError(f'unknown optimizer "{name}"{nearest(name, PRESETS)}; there are: {", ".join(PRESETS)}')
     preset = PRESETS[name]
     method = build(name, preset.kind, preset.settings, settings or {})
-    if pertnn is not None and (name == "sigma-one" or "scales" in getattr(preset.kind, "fixed", {})):
-        why = "all its scales are one" if name == "sigma-one" else reason(preset.kind, "scales")
-        raise InputError(f"pertnn is given, but {name} has no nets: {why}")
+    if pertnn is not None and "scales" in preset.kind.fixed:
+        raise InputError(f"pertnn is given, but {name} has no nets: {preset.kind.fixed['scales']}")
     if transfer and pertnn is None:
         raise InputError("transfer is asked for, but nothing to transfer is given: give --pertnn FILE")
     return method

@@ -9,7 +9,8 @@ All are compared by identity: two probes of one direction hold the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -37,6 +38,11 @@ class Direction:
     def coordinates(self) -> Tensor:
         """Of a low-rank direction, scales included: flat fp32, drawn once for its probes and its update."""
         return self.subspace.layout.draw(self.seed, self.scale, self.dist)
+
+    def of_seed(self, seed: Tensor) -> Direction:
+        """The direction that another seed has: in the same subspace if that lasts, else in one of its own too."""
+        own = self.subspace is not None and not self.subspace.lasting
+        return replace(self, seed=seed, subspace=Subspace(self.subspace.layout, seed) if own else self.subspace)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,11 @@ def together(terms: Terms) -> bool:
     """Whether one pass can make all of them."""
     first = terms[0][0]
     return all(direction.dist == first.dist and direction.form is first.form for direction, _ in terms)
+
+
+def chosen(directions: Sequence[Direction], index: Tensor) -> Direction:
+    """directions[index] for a 0-dim index, of directions that differ in nothing but their seeds."""
+    return directions[0].of_seed(pick(torch.stack([direction.seed for direction in directions]), index))
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     one-sided   g_k = (f(theta + eps z_k) - b) / (eps N)         b = f(theta), or the mean of the other probes
                 with spread: g_k = (f_k - b) / (std(f) N)        b = f(theta), or the mean of all
     slope       g_k = <gradient, z_k> / N, exact                 (`forward_grad.py`)
-    guided, bayesian                                             (`guided.py`, `bayesian.py`)
+    guided, bayesian, conservative                 (`guided.py`, `bayesian.py`, `conservative.py`)
 
 Expectations: central and one-sided estimate the gradient of a cubic and of a quadratic without bias, slope that of any
 function (scales s_b: s_b^2 times it).  Of a linear one their squared error is (d + 1) / N of the squared gradient for
@@ -41,12 +41,14 @@ class Estimate:
 
 @dataclass
 class Estimator(Part):
-    """probes: directions of a step.  directions: seeds that they take; forwards, pairs, slopes: as of a Method."""
+    """probes: directions of a step.  directions: seeds that they take; forwards, pairs, slopes: as of a Method.
+    only_sgd: why no other rule goes with it, "" where all do."""
 
     probes: int = 1
 
     pairs = 0
     slopes = False
+    only_sgd = ""
 
     def __post_init__(self) -> None:
         if self.probes < 1:

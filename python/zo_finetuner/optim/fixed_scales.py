@@ -28,3 +28,10 @@ class FixedScales(Composed):
     def scale(self) -> Tensor:
         """(blocks,) fp32."""
         return self.scales.fixed
+
+
+@dataclass
+class SigmaOne(FixedScales):
+    name: str = "sigma-one"
+
+    fixed = {"scales": "all its scales are one"}

@@ -27,12 +27,10 @@ class GroupGains:
         self.seen, self.energy = torch.zeros_like(elements), torch.zeros_like(elements)
 
     def add(self, group: Tensor, energy: Tensor) -> None:
-        """group: 0-dim int64; energy: g^2 / s_g, 0-dim fp64.  One that is not finite is forgotten."""
-        finite = energy.isfinite()
-        here = (torch.arange(len(self.elements), device=self.elements.device) == group) & finite
-        keep = torch.where(finite, self.keep, 1.0)
-        self.seen.mul_(keep).add_(here)
-        self.energy.mul_(keep).add_(torch.where(here, energy, 0.0))
+        """group: 0-dim int64; energy: g^2 / s_g, 0-dim fp64."""
+        here = torch.arange(len(self.elements), device=self.elements.device) == group
+        self.seen.mul_(self.keep).add_(here)
+        self.energy.mul_(self.keep).add_(torch.where(here, energy, 0.0))
 
     @property
     def gains(self) -> Tensor:
@@ -44,7 +42,3 @@ class GroupGains:
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"seen": self.seen, "energy": self.energy}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.seen.copy_(state["seen"])
-        self.energy.copy_(state["energy"])

@@ -13,14 +13,14 @@ and what guides is that a seed is kept.  v has variance 2, so the expected step 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.base import Probe, StepContext
-from zo_finetuner.optim.directions import Combination, Direction, pick
+from zo_finetuner.optim.directions import Combination, Direction, chosen
 from zo_finetuner.optim.estimators import Estimate, Estimator
 from zo_kernels import Blocks
 
@@ -50,7 +50,7 @@ class Guided(Estimator):
         """The last of the directions stands for the kept one before there is one."""
         *new, last = directions
         kept = torch.where(self.memory["known"], self.memory["seed"], last.seed)
-        self._candidates, self._context, self._along = [*new, replace(last, seed=kept)], context, None
+        self._candidates, self._context, self._along = [*new, last.of_seed(kept)], context, None
         return [Probe(direction, context.eps) for direction in self._candidates]
 
     def tell(self, losses: Tensor) -> Estimate | list[Probe]:
@@ -63,12 +63,11 @@ class Guided(Estimator):
         return Estimate.of(terms, losses.mean(), g, losses)
 
     def _choose(self, losses: Tensor) -> Combination:
-        seeds, like = torch.stack([direction.seed for direction in self._candidates]), self._candidates[0]
-        best = pick(seeds, losses.argmin())
-        self.memory["seed"].copy_(best)
+        best = chosen(self._candidates, losses.argmin())
+        self.memory["seed"].copy_(best.seed)
         self.memory["known"].fill_(True)
         one = torch.ones_like(losses[0])
-        terms = [(replace(like, seed=best), one)]
+        terms = [(best, one)]
         if not self.greedy:
-            terms.append((replace(like, seed=pick(seeds, losses.argmax())), -one))
+            terms.append((chosen(self._candidates, losses.argmax()), -one))
         return Combination(tuple(terms))

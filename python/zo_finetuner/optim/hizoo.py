@@ -8,7 +8,7 @@ Source: HiZOO's code, alpha 1e-8.  Deviations: h is fp32 (in the weights' fp16, 
 rest to 0: h never moves and the published command is MeZO); with fp32 an increment alpha c (z^2 - 1) still needs to
 exceed 6e-8 of h to be felt.  z^2 - 1 instead of the published z^2 centres the estimate: E[z' M z / 2 (z_j^2 - 1)] =
 M_jj, without it trace(M) / 2 is added to every coordinate, a common factor that drowns the rest; compat "reference"
-has z^2.  alpha c is bounded by 1/2, so that h stays positive.
+has z^2.  alpha c is bounded by (1 - alpha) / 2, so that h stays positive.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class HiZOO(Directed):
         "scales": "its curvature is the scale of every weight",
         "rule": "its curvature is updated in the pass that updates the weights",
         "estimator": "curvature is measured by a pair of probes and their centre",
+        "subset": "its curvature already scales every weight by itself",
     }
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class HiZOO(Directed):
         center, plus, minus = losses
         eps, lr = self._context.eps, self._context.lr
         g = (plus - minus) / (2 * eps)
-        gain = (self.alpha * (plus + minus - 2 * center).abs() / (2 * eps.square())).clamp(max=0.5)
+        gain = (self.alpha * (plus + minus - 2 * center).abs() / (2 * eps.square())).clamp(max=(1 - self.alpha) / 2)
         # The kernel computes (1 - a) h + a c z^2 h: a c is the gain, and 1 - a what is left of h.
         lost = torch.full_like(gain, self.alpha) + (gain if self.compat == "intended" else 0.0)
         numbers = torch.stack((lost, torch.where(lost > 0, gain / lost, 0.0)))

@@ -6,8 +6,9 @@
 
 Variants: ldsd-sgd, ldsd-adamm, ldsd-jaguar (sign of an average of g z_*).  State: mu, 1 P in `mean_dtype` (fp32, or
 bf16 rounded stochastically), and the rule's (0, 3 P, 1 P).  Forwards per step: K + 1 (published: f_* twice, K + 2).
-SGD with an fp32 mean moves theta and mu in one pass.  With scales s_b, xi is s_b xi and mu is moved by the natural
-gradient.  Source: LDSD's code and scripts (K 5, std 1, mean_lr 4e-2, cosine to .1 of lr 1e-3 on LoRA).
+Where the rule has no state, theta and an fp32 mu are moved in one pass (`update.py`).  With scales s_b, xi is s_b xi,
+and mu is moved by the natural gradient.  Source: LDSD's code and scripts (K 5, std 1, mean_lr 4e-2, cosine to .1 of lr
+1e-3 on LoRA).
 Deviations: mu is moved with the very directions that were evaluated; the published code regenerates them from the best
 candidate's continuing stream, so that its mu is a random walk (cosine with the gradient 0 instead of -.95).
 JAGUAR: mu starts at zero and all tensors take part; the published code perturbs another random tenth of the tensors
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor
 
 from zo_finetuner.errors import InputError, nearest, require_not_negative, require_positive
-from zo_finetuner.optim.base import Part, Probe, RuleStep, StepContext, Update
+from zo_finetuner.optim.base import Part, Probe, StepContext, Update
 from zo_finetuner.optim.composed import Directed
-from zo_finetuner.optim.directions import Direction, pick
+from zo_finetuner.optim.directions import Direction, chosen
 from zo_finetuner.optim.estimators import Estimate
 from zo_finetuner.optim.rules import SGD, Rule
 from zo_finetuner.optim.state import DTYPES, new_states
@@ -44,7 +45,10 @@ class LDSD(Directed):
     mean_lr: float = 4e-2
     mean_dtype: str = "float32"
 
-    fixed = {"estimator": "the mean is learned from its own candidates"}
+    fixed = {
+        "estimator": "the mean is learned from its own candidates",
+        "subset": "its mean is one of all weights",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,16 +89,13 @@ class LDSD(Directed):
 
     def tell(self, losses: Tensor) -> Update | list[Probe]:
         if self._losses is None:
-            self._losses, self._index = losses, losses.argmin()
-            seeds = torch.stack([direction.seed for direction in self._candidates])
-            self._star = replace(self._candidates[0], seed=pick(seeds, self._index))
+            self._losses = losses
+            self._star = chosen(self._candidates, losses.argmin())
             return [Probe(self._star, -self._context.eps)]
         pair = torch.stack((self._losses.min(), losses[0]))
         g = (pair[0] - pair[1]) / (2 * self._context.eps)
         self.scales.remember(pair)
         update = self.rule.update(Estimate.of([(self._star, g)], self._losses.mean(), g, pair), self._context)
-        if update.by is None and self.mean_dtype == "float32":
-            return self._fused(update)
         return replace(update, mean=(self._mean, self._mean_terms()))
 
     def _mean_terms(self) -> list[tuple[Direction, Tensor]]:
@@ -102,10 +103,3 @@ class LDSD(Directed):
         above = (self._losses - self._losses.mean()) * (self.candidates / (self.candidates - 1))
         coefs = above * (-self.mean_lr / (self.candidates * self.std**2))
         return [(replace(d, form=None), coef) for d, coef in zip(self._candidates, coefs, strict=True)]
-
-    def _fused(self, update: Update) -> Update:
-        """theta and mu in one pass: c along mu and the star's noise, and the candidates' noise into mu."""
-        ((_, coef),) = update.terms
-        star = torch.arange(self.candidates, device=coef.device) == self._index
-        numbers = torch.cat((coef.reshape(1), torch.where(star, coef, 0.0)))
-        return replace(update, terms=self._mean_terms(), by=RuleStep("shifted-mean", [self.states["mu"]], numbers))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zo_finetuner.cards import Card, fingerprint, same_shapes
 from zo_finetuner.errors import InputError
 from zo_finetuner.optim.finetuner import Learned
-from zo_finetuner.optim.scales import Constant
+from zo_finetuner.optim.scales import Asked, Constant, Nets
 from zo_finetuner.optim.transfer import transferred
 from zo_finetuner.params import trainable_blocks
 from zo_finetuner.pertnn import PertNN, budget, normalizer
@@ -21,45 +21,40 @@ from zo_kernels import Blocks
 
 logger = logging.getLogger(__name__)
 
-Scales = PertNN | ScaleNet | str | os.PathLike | None
 
-
-def learned_scales(
-    model: nn.Module, pertnn: Scales, batch_size: int, seed: int, normalize: bool, transfer: bool = False
-) -> Learned:
-    """The learned optimizer's policy.  pertnn None: fresh random nets, a control.  Blocks whose learned scale is
+def learned_scales(model: nn.Module, asked: Asked) -> Learned:
+    """The learned optimizer's policy.  Without nets: fresh random ones, a control.  Blocks whose learned scale is
     exactly zero are frozen (`requires_grad_(False)`): no probe, no update, no time."""
-    nets = None if pertnn is None else _load(pertnn, model, transfer)
+    nets = None if asked.pertnn is None else _load(asked.pertnn, model, asked.transfer)
     if isinstance(nets, ScaleNet):
         freeze(model, nets.skipped())
     blocks = trainable_blocks(model)
     if nets is None:
-        logger.warning("no PertNN file: the nets are freshly initialised (seed %d), a control, not learned", seed)
-        nets = PertNN.fresh(blocks.names, seed=seed)
+        logger.warning("no PertNN file: the nets are freshly initialised (seed %d), a control, not learned", asked.seed)
+        nets = PertNN.fresh(blocks.names, seed=asked.seed)
     nets = nets.select(blocks.names).to(blocks.device)
-    return Learned(nets, share_of(model, blocks, batch_size) if normalize else None)
+    return Learned(nets, share_of(model, blocks, asked.batch_size) if asked.normalize else None)
 
 
-def ones(model: nn.Module) -> Constant:
+def ones(model: nn.Module, asked: Asked) -> Constant:
     """A scale of one for every block."""
     blocks = trainable_blocks(model)
     return Constant(torch.ones(len(blocks), device=blocks.device))
 
 
-def constant_scales(
-    name: str, model: nn.Module, pertnn: Scales, batch_size: int, transfer: bool = False
-) -> Constant:
+def constant_scales(model: nn.Module, asked: Asked) -> Constant:
     """The scales of a file (or a ScaleNet) that `zo learn --recipe closed-form` (or forward) made."""
-    if pertnn is None:
-        raise InputError(f"{name} needs its scales: `zo learn --recipe closed-form` measures them; give --pertnn FILE")
-    nets = _load(pertnn, model, transfer)
+    if asked.pertnn is None:
+        raise InputError(f"{asked.method.name} needs its scales: `zo learn --recipe closed-form` measures them; give "
+                         f"--pertnn FILE")
+    nets = _load(asked.pertnn, model, asked.transfer)
     if not isinstance(nets, ScaleNet) or bool(nets.w2.count_nonzero()):
         raise InputError(f"{nets.source}: holds networks, not constant scales: use --optimizer zo-finetuner")
     freeze(model, nets.skipped())
     blocks = trainable_blocks(model)
     nets = nets.select(blocks.names).to(blocks.device)
     sigma = nets.kept * nets.log_base.detach().exp()
-    return Constant((normalizer(sigma, share_of(model, blocks, batch_size)) * sigma).float())
+    return Constant((normalizer(sigma, share_of(model, blocks, asked.batch_size)) * sigma).float())
 
 
 def share_of(model: nn.Module, blocks: Blocks, batch_size: int) -> Tensor:
@@ -78,7 +73,7 @@ def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
         logger.info("%d blocks have scale 0 and are frozen, %s among them", len(frozen), frozen[0])
 
 
-def _load(pertnn: Scales, model: nn.Module, transfer: bool) -> PertNN | ScaleNet:
+def _load(pertnn: Nets, model: nn.Module, transfer: bool) -> PertNN | ScaleNet:
     nets, card = (pertnn, None) if isinstance(pertnn, nn.Module) else load_pertnn(pertnn)
     if transfer and _is_of_another(nets, card, model):
         blocks = trainable_blocks(model)

@@ -154,14 +154,13 @@ class LowRankMomentum(LowRank):
     def start(self, blocks: Blocks) -> None:
         super().start(blocks)
         others = sum(other.numel for other in self._layout.others)
-        self.momentum, self.dense, self.started = (
-            torch.zeros(shape, dtype=torch.float32, device=blocks.device)
-            for shape in ((sum(self._layout.sizes),), (others,), ())
-        )
+        shapes = {"momentum": (sum(self._layout.sizes),), "dense": (others,), "started": ()}
+        self.memory = {n: torch.zeros(s, dtype=torch.float32, device=blocks.device) for n, s in shapes.items()}
 
     def _enter(self, subspace: Subspace) -> None:
         if self._subspace is not None:
-            self.momentum.copy_(self._subspace.expressed_in(self.momentum, subspace))
+            momentum = self.memory["momentum"]
+            momentum.copy_(self._subspace.expressed_in(momentum, subspace))
         super()._enter(subspace)
 
     def tell(self, losses: Tensor) -> Update | list[Probe]:
@@ -169,18 +168,13 @@ class LowRankMomentum(LowRank):
         if not isinstance(estimate, Estimate):
             return estimate
         self.scales.remember(estimate.pair)
-        # Not in `memory`, which a skipped step takes back: the momentum would be one of a subspace that is gone.
-        finite = torch.isfinite(losses).all()
-        share = torch.where(self.started > 0, 1 - self.beta, 1.0)
-        moved, dense = self.beta * self.momentum, self.beta * self.dense
+        momentum, dense, started = self.memory.values()
+        momentum.mul_(self.beta), dense.mul_(self.beta)
+        share = torch.where(started > 0, 1 - self.beta, 1.0)
         for d, g in estimate.terms:
-            moved.addcmul_(d.coordinates, share * g)
-            dense.addcmul_(self._layout.draw_others(d.seed, d.scale, d.dist), share * g)
-        self.momentum.copy_(torch.where(finite, moved, self.momentum))
-        self.dense.copy_(torch.where(finite, dense, self.dense))
-        self.started.copy_(torch.where(finite, 1.0, self.started))
-        held = Held(self._subspace, self.momentum, self.dense)
-        return Update([(held, -self._context.lr)], estimate.loss, estimate.projected_grad)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "momentum": self.momentum, "dense": self.dense, "started": self.started}
+            step = torch.where(g.isfinite(), share * g, 0.0)  # a skipped step moves by 0 times the momentum
+            momentum.addcmul_(d.coordinates, step)
+            dense.addcmul_(self._layout.draw_others(d.seed, d.scale, d.dist), step)
+        started.fill_(1.0)
+        return Update([(Held(self._subspace, momentum, dense), -self._context.lr)], estimate.loss,
+                      estimate.projected_grad)  # fmt: skip

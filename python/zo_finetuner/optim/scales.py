@@ -7,11 +7,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from zo_finetuner.optim.base import Part, StepContext
+from zo_finetuner.optim.base import Method, Part, StepContext
+from zo_finetuner.pertnn import PertNN
+from zo_finetuner.scale_net import ScaleNet
+
+Nets = PertNN | ScaleNet | str | os.PathLike
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a policy is made for and of: the method that will have it, and the arguments of `make_method`."""
+
+    method: Method
+    pertnn: Nets | None = None
+    batch_size: int = 16
+    seed: int = 0
+    normalize: bool = True
+    transfer: bool = False
 
 
 @dataclass

@@ -29,7 +29,7 @@ from zo_finetuner.optim.composed import Composed
 from zo_finetuner.optim.estimators import Central
 from zo_finetuner.optim.group_gains import GroupGains
 from zo_finetuner.optim.learned import share_of
-from zo_finetuner.optim.scales import Ones
+from zo_finetuner.optim.scales import Asked, Ones
 from zo_finetuner.params import trainable_blocks
 from zo_kernels import MASK, tensor_ids, words
 
@@ -108,7 +108,7 @@ class SelfCalibrated(Composed):
             raise InputError("self-calibrated learns from one pair of probes a step: leave estimator central, probes 1")
 
 
-def calibrated_scales(model: nn.Module, batch_size: int, power: float = 0.5) -> Calibrated:
+def calibrated_scales(model: nn.Module, asked: Asked) -> Calibrated:
     """For the trainable blocks of a model."""
     blocks = trainable_blocks(model)
     number, labels = block_groups(blocks.names)
@@ -118,4 +118,4 @@ def calibrated_scales(model: nn.Module, batch_size: int, power: float = 0.5) -> 
         return torch.zeros(len(labels), dtype=torch.float64, device=blocks.device).index_add(0, groups, values)
 
     numels = torch.tensor(blocks.whole, dtype=torch.float64, device=blocks.device)
-    return Calibrated(groups, summed(numels), summed(share_of(model, blocks, batch_size)), power)
+    return Calibrated(groups, summed(numels), summed(share_of(model, blocks, asked.batch_size)), asked.method.power)

@@ -15,6 +15,7 @@ from typing import Any
 from zo_finetuner.errors import InputError, nearest
 from zo_finetuner.optim.base import Method, Part
 from zo_finetuner.optim.bayesian import Bayesian
+from zo_finetuner.optim.conservative import Conservative
 from zo_finetuner.optim.estimators import Central, OneSided
 from zo_finetuner.optim.forward_grad import ExactSlope
 from zo_finetuner.optim.guided import Guided
@@ -24,6 +25,7 @@ from zo_finetuner.optim.sparse import Everything, Small
 PARTS: dict[str, dict[str, type[Part]]] = {
     "estimator": {
         "central": Central, "one-sided": OneSided, "guided": Guided, "bayesian": Bayesian, "slope": ExactSlope,
+        "conservative": Conservative,
     },  # fmt: skip
     "rule": RULES,
     "subset": {"all": Everything, "small": Small},
@@ -34,12 +36,14 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 def build(name: str, kind: type[Method], preset: Mapping[str, Any], given: Mapping[str, Any]) -> Method:
     """A method of `kind`, named `name`: its preset with what is given on top.  Raises InputError naming the setting."""
     fields = {field.name for field in dataclasses.fields(kind)}
-    taken = {**preset, **given}
     for part in PARTS:
         if part in given and part not in fields:
-            raise InputError(f"{name} takes no {part}: {reason(kind, part)}")
-    classes = {part: _choose(part, taken.pop(part, None), kind) for part in PARTS if part in fields}
+            raise InputError(f"{name} takes no {part}: {kind.fixed[part]}")
+    before = {part: _choose(part, preset.get(part), kind) for part in PARTS if part in fields}
+    classes = {part: _choose(part, given[part], kind) if part in given else old for part, old in before.items()}
     # A part that is chosen away takes the preset's values for it along.
+    gone = {name for part, old in before.items() if old is not classes[part] for name in settings_of(old)}
+    taken = {**{name: value for name, value in preset.items() if name not in gone}, **given}
     known = {setting for owner in (kind, *classes.values()) for setting in settings_of(owner)}
     for setting in given:
         if setting not in known and setting not in PARTS:
@@ -47,11 +51,6 @@ def build(name: str, kind: type[Method], preset: Mapping[str, Any], given: Mappi
                              f"{', '.join(sorted(known | classes.keys()))}")
     values = {owner: _values(owner, taken) for owner in (kind, *classes.values())}
     return kind(name=name, **values[kind], **{part: owner(**values[owner]) for part, owner in classes.items()})
-
-
-def reason(kind: type[Method], part: str) -> str:
-    """Why a kind of method has no choice of a part."""
-    return getattr(kind, "fixed", {}).get(part, "it has its own")
 
 
 def settings_of(owner: type) -> dict[str, Any]:
