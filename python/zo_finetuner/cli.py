@@ -33,10 +33,6 @@ EXAMPLES = {
     "env": "zo env",
 }
 
-#: Loggers whose warnings are none of the reader's business: of every retry (we tell of the failure), and, at every
-#: start where torchao is installed, of its GPU kernels and of how it registers its enumerations.
-QUIET = ("huggingface_hub", "torchao", "torch.utils._pytree")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (0, 2 for bad input, 1 for a run that had to stop and for journals that
@@ -46,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="zo: %(levelname)s: %(message)s")
     leads = os.environ.get("RANK", "0") == "0"  # of several processes the first speaks for all
     logging.getLogger("zo_finetuner").setLevel(logging.INFO if leads else logging.ERROR)
-    for name in QUIET:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and we of the failure
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is; not all of it loads
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _one_line if leads else lambda *_: None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
