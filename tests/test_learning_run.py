@@ -172,6 +172,16 @@ def test_a_diverging_window_is_started_again_at_half_the_rate(place, tmp_path, c
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_a_short_window_that_diverges_is_started_again_too(place, tmp_path, caplog):
+    """One of fewer steps than a mean has; one whose last step is the bad one, which the held-out rows show."""
+    wild = dict(recipe="paper", lr_llm=30.0, windows=1, window=5)
+    with caplog.at_level(logging.WARNING):
+        result = learn(settings(place, tmp_path / "a", **wild), progress=False)
+    assert result["slower"] < 1 and "after 5 steps" in caplog.records[0].getMessage()
+    with pytest.raises(InputError, match="diverges in window 0 .*no finite gain on held-out rows after 1 steps"):
+        learn(settings(place, tmp_path / "b", **wild | dict(lr_llm=1e30, window=1)), progress=False)
+
+
 def test_a_run_that_diverges_at_every_rate_is_given_up(place, tmp_path):
     with pytest.raises(InputError, match="diverges in window 0 even at 0.0156 of the rate .* a smaller --lr-llm"):
         learn(settings(place, tmp_path / "out", recipe="paper", lr_llm=300.0, windows=1, window=12), progress=False)

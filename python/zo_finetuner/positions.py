@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ class Position:
         if not isinstance(scheduler, LambdaLR):
             raise TypeError(f"{type(scheduler).__name__} is not a function of the step: mend positions.why_not")
         scheduler.last_epoch = self.step - 1
-        scheduler.step()
+        with warnings.catch_warnings():  # torch has seen no step of the optimizer: `rerun` took them
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()
 
 
 class ResumesFromJournal:

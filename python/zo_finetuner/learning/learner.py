@@ -32,7 +32,7 @@ from zo_kernels import derive_seed
 
 logger = logging.getLogger(__name__)
 
-RECENT = 10  # losses of one task whose mean decides that the base model has diverged
+RECENT = 10  # losses of one task (in a shorter window all) whose mean decides that the base model has diverged
 DIVERGED = (1.5, 0.5)  # times the loss at the base weights, and above that
 ENERGY_BATCHES = 8  # of the closed form that is scored beside what was learned
 SLOWEST = 2.0**-6  # a trajectory that diverges at this share of its rate is given up
@@ -94,13 +94,13 @@ class Learner:
                 before = deepcopy(self.state_dict())
                 try:
                     lines = self._window(bar)
+                    if len(self.points) == tasks:
+                        self._measure(at_base=False)
                 except Diverged as reason:
                     self._slow_down(before, str(reason))
                     bar.n = done = self.window * self.steps * tasks
                     bar.refresh()
                     continue
-                if len(self.points) == tasks:
-                    self._measure(at_base=False)
                 self.log += lines
                 self.snapshots.append(_copied(self.recipe.nets))
                 self.window += 1
@@ -143,7 +143,8 @@ class Learner:
 
     def _require_sane(self, recent: deque[float], task: int, place: int) -> None:
         mean, first = sum(recent) / len(recent), self.first_losses[task]
-        if not math.isfinite(mean) or (len(recent) == RECENT and mean > DIVERGED[0] * first + DIVERGED[1]):
+        enough = len(recent) == min(RECENT, self.steps)
+        if not math.isfinite(mean) or (enough and mean > DIVERGED[0] * first + DIVERGED[1]):
             raise Diverged(f"{self.sets[task].name}: loss {mean:.2f} after {place + 1} steps, {first:.2f} at the start")
 
     def _slow_down(self, before: dict[str, Any], reason: str) -> None:
@@ -174,6 +175,8 @@ class Learner:
                 few_answers=learning_set.few_answers,
             )
             self.points.append(point)
+            if not at_base and not point.gain.isfinite().all():
+                raise Diverged(f"{learning_set.name}: no finite gain on held-out rows after {self.steps} steps")
             if at_base:
                 loss = float(point.history.losses.mean())
                 if not math.isfinite(loss):
