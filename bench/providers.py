@@ -3,8 +3,8 @@
     inference                two bare forwards of our own fast form of the batch: the floor of any two-point method
     zo_finetuner             our engine with MeZO
     zo_finetuner_learned     our engine with per-block networks (fresh ones: the time is the same)
-    zo_finetuner_lozo        our engine with low-rank directions (LOZO): no pass over the weights; on a copy of the
-                             model, since a forward of anybody else merges what it has collected
+    zo_finetuner_lozo        our engine with low-rank directions (LOZO): no pass over the weights; on a model of its
+                             own, since a forward of anybody else merges what it has collected
     inference_graph          on a GPU: the two bare forwards as one CUDA graph
     zo_finetuner_graph       on a GPU: our engine with MeZO, whole steps as CUDA graphs
     reference_noise          the published sweeps over the weights around our one-prompt forward
@@ -16,10 +16,9 @@ mezo_reference over reference_noise is the work not done, reference_noise over z
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +72,13 @@ class Setup:
 @dataclass(frozen=True)
 class Provider:
     """make: the step of a model.  moves: whether it gives the parameters new memory at every sweep, as the published
-    code does; no engine of ours can live on that model then.  optimizer: what `zo plan` calls it, if it knows it.
+    code does; no engine of ours can live on that model then.  collects: updates that a forward of others would merge,
+    so it needs a model of its own, and probes in one way.  optimizer: what `zo plan` calls it, if it knows it.
     graphs: only on a GPU, and a batch is a replay from its third step on."""
 
     make: Callable[[Setup], Step]
     moves: bool = False
+    collects: bool = False
     optimizer: str = ""
     graphs: bool = False
 
@@ -102,9 +103,8 @@ def _engine(optimizer: str) -> Callable[[Setup], Step]:
 
 
 def _lozo(setup: Setup) -> Step:
-    own = replace(setup, model=copy.deepcopy(setup.model), probing="auto")
-    engine = Engine(own.model, make_method("lozo", own.model), eps=EPS, seed=SEED)
-    return lambda batch: engine.step(lambda: own.loss(batch), LR)
+    engine = Engine(setup.model, make_method("lozo", setup.model), eps=EPS, seed=SEED)
+    return lambda batch: engine.step(lambda: setup.loss(batch), LR)
 
 
 def _inference_graph(setup: Setup) -> Step:
@@ -159,7 +159,7 @@ PROVIDERS = {
     "inference": Provider(_inference),
     "zo_finetuner": Provider(_engine("mezo"), optimizer="mezo"),
     "zo_finetuner_learned": Provider(_engine("zo-finetuner"), optimizer="zo-finetuner"),
-    "zo_finetuner_lozo": Provider(_lozo),
+    "zo_finetuner_lozo": Provider(_lozo, collects=True, optimizer="lozo"),
     "inference_graph": Provider(_inference_graph, graphs=True),
     "zo_finetuner_graph": Provider(_graphs("mezo"), graphs=True),
     "reference_noise": Provider(_published(Setup.loss), moves=True),

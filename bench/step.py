@@ -234,27 +234,33 @@ def _planned(arguments: argparse.Namespace, case: Case, source: str, common: dic
     for name in arguments.provider:
         if optimizer := PROVIDERS[name].optimizer:
             plan = make_plan(source, task=case.task, batch=common["n"], seq=-(-round(common["tokens"]) // common["n"]),
-                             optimizer=optimizer, probing=arguments.probing, dtype=common["dtype"])  # fmt: skip
+                             optimizer=optimizer, dtype=common["dtype"],
+                             probing="auto" if PROVIDERS[name].collects else arguments.probing)  # fmt: skip
             found |= {"inference": plan.memory.inference, name: plan.memory.peak}
     return found
 
 
 def rounds(setup: Setup, names: Sequence[str], peak: int, device: torch.device) -> Iterator[dict[str, Setup]]:
-    """The providers that take turns together, each with its model: all, those that move the weights on a copy; or where
-    the device has no room for a second model ours, and after them the others on the same.  peak: of the one that needs
-    most."""
-    ours = [name for name in names if not PROVIDERS[name].moves]
+    """The providers that take turns together, each with its model: all, with copies for those that move the weights
+    and for each that collects; or where the device has no room for those, ours, after them each that collects, and the
+    others last, on the same model.  peak: of the one that needs most."""
+    ours = [name for name in names if not PROVIDERS[name].moves and not PROVIDERS[name].collects]
+    collecting = [name for name in names if PROVIDERS[name].collects]
     movers = [name for name in names if PROVIDERS[name].moves]
-    weights = sum(p.nbytes for p in setup.model.parameters())
+    weights, copies = sum(p.nbytes for p in setup.model.parameters()), len(collecting) + bool(movers)
 
-    if not movers or peak + weights <= FULL * capacity(device):
-        copied = replace(setup, model=copy.deepcopy(setup.model)) if movers else setup
-        yield dict.fromkeys(ours, setup) | dict.fromkeys(movers, copied)
+    def copied() -> Setup:
+        return replace(setup, model=copy.deepcopy(setup.model))
+
+    if not copies or peak + copies * weights <= FULL * capacity(device):
+        moved = dict.fromkeys(movers, copied()) if movers else {}
+        yield dict.fromkeys(ours, setup) | {name: copied() for name in collecting} | moved
         return
     print(f"  the published orders take their turns after ours: the device has no room for a second model of "
           f"{weights / 2**30:.1f} GiB", flush=True)
-    yield dict.fromkeys(ours, setup)
-    yield dict.fromkeys(movers, setup)
+    for together in (ours, *([name] for name in collecting), movers):
+        if together:
+            yield dict.fromkeys(together, setup)
 
 
 def measure(
