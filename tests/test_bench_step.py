@@ -56,7 +56,7 @@ def check_step_rows(rows: list[dict], models: set[str]) -> None:
                      if (r["model"], r["provider"], r["metric"]) == (model, name, "share")}  # fmt: skip
             assert set(parts) == set(shares.PHASES) and sum(parts.values()) == pytest.approx(1)
             ours = "inference" not in name
-            assert parts["forward"] > 0 and (parts["probe"] > 0.01) == (parts["update"] > 0) == ours
+            assert parts["forward"] > 0 and (parts["probe"] > 0) == (parts["update"] > 0) == ours
 
 
 def test_models_by_shape_and_every_provider(data, capsys):
