@@ -156,7 +156,7 @@ def test_overwrite_replaces_a_run_and_the_seed_decides(place, tmp_path):
     assert max(card.sigma) / min(card.sigma) > 1.05, "it moves the scales"
 
 
-@pytest.mark.parametrize("wild", [dict(recipe="paper", lr_llm=5.0), dict(horizon=1000)])
+@pytest.mark.parametrize("wild", [dict(recipe="paper", lr_llm=5.0), dict(horizon=4000)])
 def test_a_diverging_window_is_started_again_at_half_the_rate(place, tmp_path, caplog, wild):
     wild |= dict(windows=1, window=12)
     with caplog.at_level(logging.WARNING):
