@@ -3,8 +3,8 @@
     python -m bench recipes                                                 memory and time on one H100, predicted
     python -m bench recipes --try MODEL_DIR --data DIR                      the settings on a small model and its rows
 
-Models are known by their shapes (`shapes.py`): nothing is downloaded.  Of a prefix, which starts
-with what the model says of real tokens, inference is predicted.
+Models are known by their shapes (`shapes.py`): nothing is downloaded.  Of a prefix, which starts with what the
+model says of real tokens, inference is predicted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A whole step against the published order of operations and against bare inference (`providers`), in one process.
 
 Providers take turns on the same batches of real rows, so that what disturbs the machine disturbs all of them.  The
-published ones have a copy of the model; where two do not fit the device they take their turns on the same model, after
-ours.  Rows: seconds of a step, measured peak memory and what `zo plan` says of it, the share of each phase.
+published ones have a copy of the model, and low rank has one; where those do not fit the device they take their turns
+on the same model, after ours.  Rows: seconds of a step, measured peak memory and what `zo plan` says of it, the share
+of each phase.
 
     --model-like      models by shape alone, their weights drawn on the device (`folders`)
     --tokens N        besides the tasks' batches, one of as many BoolQ rows as fill N tokens
@@ -256,7 +257,7 @@ def rounds(setup: Setup, names: Sequence[str], peak: int, device: torch.device) 
         moved = dict.fromkeys(movers, copied()) if movers else {}
         yield dict.fromkeys(ours, setup) | {name: copied() for name in collecting} | moved
         return
-    print(f"  the published orders take their turns after ours: the device has no room for a second model of "
+    print(f"  the others take their turns after ours: the device has no room for a second model of "
           f"{weights / 2**30:.1f} GiB", flush=True)
     for together in (ours, *([name] for name in collecting), movers):
         if together:

@@ -17,7 +17,7 @@ from zo_finetuner.guards import Limits
 from zo_finetuner.loading import DTYPES
 from zo_finetuner.optim import METHODS, PRESETS, check_method
 from zo_finetuner.probing import MODES
-from zo_finetuner.quantised import QUANTISATIONS
+from zo_finetuner.quantised import QUANTISATIONS, require_quantisation
 from zo_finetuner.reading import is_plain, shown
 from zo_finetuner.yaml_file import read_yaml
 
@@ -156,9 +156,8 @@ class RunConfig:
 
     def make_adapter(self) -> Adapter | None:
         """The adapter that is asked for.  Raises InputError."""
-        if self.quantize and self.quantize not in QUANTISATIONS:
-            raise InputError(f'unknown quantize "{self.quantize}"{nearest(self.quantize, QUANTISATIONS)}; there are: '
-                             f"{', '.join(QUANTISATIONS)}")
+        if self.quantize:
+            require_quantisation(self.quantize)
         if self.adapter:
             return Adapter(self.adapter, self.lora_rank, self.lora_alpha, self.lora_targets, self.virtual_tokens)
         for name in ("quantize", "lora_targets", "virtual_tokens"):

@@ -18,12 +18,17 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "bnb-int8": "bitsandbytes"
 QUANTISATIONS = tuple(PACKAGES)
 
 
+def require_quantisation(name: str, what: str = "quantize") -> None:
+    """InputError for an unknown name.  what: the setting that has it."""
+    if name not in QUANTISATIONS:
+        raise InputError(f'unknown {what} "{name}"{nearest(name, QUANTISATIONS)}; there are: '
+                         f"{', '.join(QUANTISATIONS)}")
+
+
 def quantisation(name: str, dtype: torch.dtype | None = None) -> Any:
     """What `from_pretrained(quantization_config=...)` takes.  dtype: of the products; None for bfloat16.  InputError
     for an unknown name and for what this machine lacks."""
-    if name not in QUANTISATIONS:
-        raise InputError(f'unknown quantisation "{name}"{nearest(name, QUANTISATIONS)}; there are: '
-                         f"{', '.join(QUANTISATIONS)}")
+    require_quantisation(name, "quantisation")
     package = PACKAGES[name]
     if importlib.util.find_spec(package) is None:
         raise InputError(f"quantize {name}: {package} is not installed: pip install {package}")

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_finetuner.errors import InputError, nearest
-from zo_finetuner.quantised import QUANTISATIONS
+from zo_finetuner.quantised import require_quantisation
 
 BLOCK, NESTED = 64, 256  # weights of a scale in nf4, and scales of a scale of scales
 
@@ -27,9 +26,7 @@ BLOCK, NESTED = 64, 256  # weights of a scale in nf4, and scales of a scale of s
 def quantise_shapes(model: nn.Module, kind: str) -> nn.Module:
     """Put stand-ins in place of the layers of a model on the meta device that loading it with `quantize` would change;
     returns the model.  kind: one of `quantised.QUANTISATIONS`; else InputError."""
-    if kind not in QUANTISATIONS:
-        raise InputError(f'unknown quantize "{kind}"{nearest(kind, QUANTISATIONS)}; there are: '
-                         f"{', '.join(QUANTISATIONS)}")
+    require_quantisation(kind)
     head = model.get_output_embeddings()
     for module in [*model.modules()]:
         for name, layer in module.named_children():

@@ -39,8 +39,8 @@ from zo_kernels import Blocks, derive_seed, seed_tensor
 DIST = "rademacher"  # less variance in a trace than normal noise, and a seventh of the instructions
 CHECKS = 4  # further directions whose dots compare two batches
 LEAST_GAIN = 0.02  # of a block's energy: estimates of its gain scatter by a quarter of that energy
-VOCABULARY = ("embedding", "head")  # kinds of blocks with a row for every token
 LEAST_COST = 0.05  # of a block's share of the elements in the whole cost
+VOCABULARY = ("embedding", "head")  # kinds of blocks with a row for every token
 
 
 def divergence(gain: Tensor, numels: Tensor, s: Tensor) -> Tensor:
@@ -157,10 +157,11 @@ class Layout:
 
     def __init__(self, blocks: Blocks):
         self.numels = torch.tensor(blocks.numels, dtype=torch.float32, device=blocks.device)
-        kinds = torch.tensor([KINDS.index(block_kind(name)) for name in blocks.names], device=blocks.device)
+        named = [block_kind(name) for name in blocks.names]
+        kinds = torch.tensor([KINDS.index(kind) for kind in named], device=blocks.device)
         present = kinds.unique()
         self._members = (kinds == present[:, None]).float()  # (kinds, blocks)
-        self._vocabulary = torch.tensor([block_kind(name) in VOCABULARY for name in blocks.names], device=blocks.device)
+        self._vocabulary = torch.tensor([kind in VOCABULARY for kind in named], device=blocks.device)
 
     def lasting(self, gain: Tensor) -> Tensor:
         """Gains of a classification loss, (blocks,), of which other tasks have their part: a vocabulary's, per element,
